@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: PostgreSQL
+//! Where a subscription delivers to: one URI, whatever the sink.
+
+use std::fmt;
+
+use http::Uri;
+
+/// The longest destination, in bytes.
+pub const DESTINATION_BYTES_MAX: usize = 2_048;
+
+/// Schemes that there is a sink for.
+pub const SCHEMES: [&str; 2] = ["http", "https"];
+
+/// A destination that was checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// An HTTP endpoint: each event is a POST to this absolute URI.
+    Http(Uri),
+}
+
+/// What is wrong with a destination; the text is a full sentence without its stop.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DestinationError {
+    /// Not an absolute URI with a host.
+    #[error("it is no absolute URI with a host")]
+    Malformed,
+    /// Longer than [`DESTINATION_BYTES_MAX`].
+    #[error("it is longer than 2048 bytes")]
+    TooLong,
+    /// `user:password@host`: it would stand in tables and logs.
+    #[error("it has credentials in it, which would stand in tables and logs")]
+    Credentials,
+    /// `#fragment`, which is never sent.
+    #[error("it has a fragment, which is never sent")]
+    Fragment,
+    /// A scheme that this version has no sink for.
+    #[error("there is no sink for the scheme {0:?}")]
+    Scheme(String),
+}
+
+impl Destination {
+    /// Checks a destination: an absolute URI of a scheme that has a sink, without credentials and without a fragment.
+    pub fn parse(text: &str) -> Result<Self, DestinationError> {
+        if text.len() > DESTINATION_BYTES_MAX {
+            return Err(DestinationError::TooLong);
+        }
+        let (scheme, rest) = text.split_once("://").ok_or(DestinationError::Malformed)?;
+        let scheme_ok = scheme.starts_with(|c: char| c.is_ascii_alphabetic())
+            && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
+        if !scheme_ok {
+            return Err(DestinationError::Malformed);
+        }
+        let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        if authority.contains('@') {
+            return Err(DestinationError::Credentials);
+        }
+        let scheme = scheme.to_ascii_lowercase();
+        if !SCHEMES.contains(&scheme.as_str()) {
+            return Err(DestinationError::Scheme(scheme));
+        }
+        if text.contains('#') {
+            return Err(DestinationError::Fragment);
+        }
+        let uri: Uri = text.parse().map_err(|_| DestinationError::Malformed)?;
+        let has_host = uri.host().is_some_and(|host| !host.is_empty());
+        let port_ok =
+            uri.authority().is_some_and(|a| a.port().is_some() == a.as_str()[a.host().len()..].contains(':'));
+        if !has_host || !port_ok || uri.port_u16() == Some(0) {
+            return Err(DestinationError::Malformed);
+        }
+        Ok(Destination::Http(uri))
+    }
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Destination::Http(uri) => uri.fmt(f),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn http_and_https_are_destinations() {
+        for good in [
+            "http://127.0.0.1:8080/events",
+            "https://billing.internal/a?b=c",
+            "http://[::1]:80/",
+            "HTTP://host",
+        ] {
+            assert!(Destination::parse(good).is_ok(), "{good}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_destination_says_what_is_wrong() {
+        use DestinationError as E;
+        let long = format!("http://host/{}", "x".repeat(2_048));
+        for (bad, error) in [
+            ("", E::Malformed),
+            ("billing.internal/events", E::Malformed),
+            ("http://", E::Malformed),
+            ("http:///path", E::Malformed),
+            ("http://ho st/", E::Malformed),
+            ("http://host:99999/", E::Malformed),
+            ("http://user:secret@host/", E::Credentials),
+            ("kafka://user@main/orders", E::Credentials),
+            ("http://host/#top", E::Fragment),
+            ("kafka://main/orders", E::Scheme("kafka".into())),
+            ("ftp://host/", E::Scheme("ftp".into())),
+            (&long, E::TooLong),
+        ] {
+            assert_eq!(Destination::parse(bad), Err(error), "{bad}");
+        }
+    }
+}
