@@ -49,7 +49,7 @@ pub struct Floor {
 
 /// How far a reader has come: everything that `snapshot` sees has been read, nothing else has.
 ///
-/// Its text, `era|seq|xmin:xmax:xip,…|xid>floor,…`, is what the database stores and what the relay hands back; only the
+/// Its text, `era|seq|top|xmin:xmax:xip,…|xid>floor,…`, is what the database stores and what the relay hands back; only the
 /// extension and this crate look inside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Position {
@@ -57,6 +57,8 @@ pub struct Position {
     pub era: i32,
     /// The last sequence number given out when the position was read.
     pub seq: i64,
+    /// No row that `snapshot` sees has a greater sequence number.
+    pub top: i64,
     /// What had ended when the position was read.
     pub snapshot: Snapshot,
     /// For each publisher that `snapshot` does not see and that may have rows at or below `seq`.
@@ -66,13 +68,14 @@ pub struct Position {
 impl Position {
     /// The position before every row of an era.
     pub fn start_of_era(era: i32) -> Self {
-        Position { era, seq: 0, snapshot: Snapshot { xmin: 3, xmax: 3, xip: Vec::new() }, floors: Vec::new() }
+        let snapshot = Snapshot { xmin: 3, xmax: 3, xip: Vec::new() };
+        Position { era, seq: 0, top: 0, snapshot, floors: Vec::new() }
     }
 
     /// The position behind every row of an era that is over: all its transactions have ended.
     pub fn end_of_era(era: i32) -> Self {
         let snapshot = Snapshot { xmin: u64::MAX, xmax: u64::MAX, xip: Vec::new() };
-        Position { era, seq: i64::MAX, snapshot, floors: Vec::new() }
+        Position { era, seq: i64::MAX, top: i64::MAX, snapshot, floors: Vec::new() }
     }
 
     /// Whether this is [`Position::end_of_era`] of some era.
@@ -103,7 +106,7 @@ impl fmt::Display for Snapshot {
 
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}|{}|{}|", self.era, self.seq, self.snapshot)?;
+        write!(f, "{}|{}|{}|{}|", self.era, self.seq, self.top, self.snapshot)?;
         for (i, floor) in self.floors.iter().enumerate() {
             write!(f, "{}{}>{}", if i == 0 { "" } else { "," }, floor.xid, floor.seq)?;
         }
@@ -154,6 +157,7 @@ impl FromStr for Position {
         let mut part = |name| parts.next().ok_or_else(|| malformed(name, text));
         let era = number("era", part("era")?)?;
         let seq = number("seq", part("seq")?)?;
+        let top = number("top", part("top")?)?;
         let snapshot = part("snapshot")?.parse()?;
         let floors = list(part("floors")?)
             .map(|floor| {
@@ -162,9 +166,9 @@ impl FromStr for Position {
             })
             .collect::<Result<Vec<_>, MalformedPosition>>()?;
         if parts.next().is_some() {
-            return Err(malformed("a fifth part", text));
+            return Err(malformed("a sixth part", text));
         }
-        Ok(Position { era, seq, snapshot, floors })
+        Ok(Position { era, seq, top, snapshot, floors })
     }
 }
 
@@ -174,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_position_survives_its_text() {
-        for text in ["7|0|3:3:|", "-12|42|100:110:100,105|100>7,105>40", "1|9|5:9:6|"] {
+        for text in ["7|0|0|3:3:|", "-12|42|44|100:110:100,105|100>7,105>40", "1|9|9|5:9:6|"] {
             assert_eq!(Position::parse(text).unwrap().to_string(), text);
         }
         let end = Position::end_of_era(3);
@@ -184,7 +188,9 @@ mod tests {
 
     #[test]
     fn a_malformed_position_is_refused() {
-        for text in ["", "1|2|3", "x|1|3:3:|", "1|1|4:3:|", "1|1|3:9:5,4|", "1|1|3:3:|5", "1|1|3:3:||"] {
+        for text in
+            ["", "1|2|3", "x|1|1|3:3:|", "1|1|1|4:3:|", "1|1|1|3:9:5,4|", "1|1|1|3:3:|5", "1|1|1|3:3:||"]
+        {
             assert!(Position::parse(text).is_err(), "{text:?}");
         }
     }

@@ -3,7 +3,7 @@
 //!
 //! # Why nothing is skipped
 //!
-//! A position is read in the order *sequence, locks, snapshot* ([`Reading`]), and a publisher locks the log, takes its
+//! A position is read in the order *sequence, locks, snapshot, sequence* ([`Reading`]), and a publisher locks the log, takes its
 //! transaction id and only then a sequence number, holding the lock until its transaction has left the snapshots.
 //! Take any row, of transaction `x` with sequence number `s`, and a position that does not see `x`.
 //!
@@ -29,6 +29,8 @@ pub struct Reading {
     pub publishers: Vec<u64>,
     /// Third: a snapshot.
     pub snapshot: Snapshot,
+    /// Fourth: the last sequence number given out by then. Rows that the snapshot sees lie at or below it.
+    pub top: i64,
     /// The transaction that reads the position, if it has an id: it is never visible to its own position.
     pub own: Option<u64>,
 }
@@ -36,7 +38,7 @@ pub struct Reading {
 /// The position that a reading gives. `base` is any earlier position, the later the better: it tells how far back the
 /// rows of running publishers can lie. Without one, or with one of another era, that is the start of the log.
 pub fn advance(base: Option<&Position>, reading: Reading) -> Position {
-    let Reading { era, seq, publishers, mut snapshot, own } = reading;
+    let Reading { era, seq, publishers, mut snapshot, top, own } = reading;
     if let Some(own) = own {
         snapshot.hide(own);
     }
@@ -48,7 +50,7 @@ pub fn advance(base: Option<&Position>, reading: Reading) -> Position {
         .collect();
     floors.sort_unstable_by_key(|floor| floor.xid);
     floors.dedup_by_key(|floor| floor.xid);
-    Position { era, seq, snapshot, floors }
+    Position { era, seq, top, snapshot, floors }
 }
 
 fn floor_of(base: &Position, xid: u64) -> i64 {
@@ -73,6 +75,11 @@ impl<'a> Window<'a> {
     pub fn low(&self) -> i64 {
         let ended = self.from.floors.iter().filter(|floor| self.to.snapshot.sees(floor.xid));
         ended.map(|floor| floor.seq).fold(self.from.seq, i64::min)
+    }
+
+    /// No row of the window has a sequence number above this: the end of the log is not looked at in vain.
+    pub fn top(&self) -> i64 {
+        self.to.top
     }
 
     /// Whether the rows of this transaction belong to the window.
