@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: PostgreSQL
+//! The log: a ring of append-only segments.
+
+pub mod append;
+pub mod position;
+pub mod scan;
+pub mod state;

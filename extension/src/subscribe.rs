@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: PostgreSQL
+//! The checks behind `dtm.subscribe`: each error says what is wrong and what would be right.
+
+use dtm_core::destination::{Destination, DestinationError, SCHEMES};
+use dtm_core::options::{OPTIONS, Options};
+use dtm_core::topic::Pattern;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+
+use crate::refusal::{Refusal, quoted};
+
+const NAME_BYTES_MAX: usize = 128;
+const PATTERNS_MAX: usize = 64;
+
+#[pg_extern]
+fn check_subscription(
+    name: Option<&str>,
+    topics: Option<Vec<Option<String>>>,
+    destination: Option<&str>,
+    options: Option<pgrx::JsonB>,
+) -> Result<(), ErrorReport> {
+    check_name(name)?;
+    check_topics(topics)?;
+    check_destination(destination)?;
+    check_options(options)?;
+    Ok(())
+}
+
+fn check_name(name: Option<&str>) -> Result<(), Refusal> {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
+    let name = name.unwrap_or_default();
+    if !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.bytes().all(allowed) {
+        return Ok(());
+    }
+    let detail = format!("The name is {}.", quoted(name));
+    let hint = "A name has 1 to 128 letters, digits, \"_\", \"-\" and \".\".";
+    Err(Refusal::argument("malformed name of a subscription", detail, hint))
+}
+
+fn check_topics(topics: Option<Vec<Option<String>>>) -> Result<(), Refusal> {
+    const HINT: &str = "A pattern is dot-separated segments of letters, digits, \"_\" and \"-\", in which * stands for one \
+         segment and a final > for the rest: orders.created, orders.*, orders.>";
+    let topics = topics.unwrap_or_default();
+    if topics.is_empty() || topics.len() > PATTERNS_MAX {
+        let detail = format!("There are {}, 1 to {PATTERNS_MAX} are allowed.", topics.len());
+        return Err(Refusal::argument("wrong number of topics", detail, HINT));
+    }
+    for topic in topics {
+        let pattern = topic.as_deref().unwrap_or_default();
+        Pattern::parse(pattern).map_err(|error| {
+            let detail = format!("The pattern is {}: {error}.", quoted(pattern));
+            Refusal::argument("malformed topic pattern", detail, HINT)
+        })?;
+    }
+    Ok(())
+}
+
+fn check_destination(destination: Option<&str>) -> Result<(), Refusal> {
+    let text = destination.unwrap_or_default();
+    let Err(error) = Destination::parse(text) else { return Ok(()) };
+    // A destination with credentials is not repeated: error messages are logged.
+    let shown =
+        if error == DestinationError::Credentials { String::new() } else { format!(" {}", quoted(text)) };
+    let detail = format!("The destination{shown}: {error}.");
+    match error {
+        DestinationError::Scheme(_) => {
+            let hint = format!("Schemes with a sink are: {}.", SCHEMES.join(", "));
+            Err(Refusal::new(
+                PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
+                "no sink for this destination",
+                detail,
+                hint,
+            ))
+        }
+        DestinationError::Credentials => Err(Refusal::argument(
+            "credentials in a destination",
+            detail,
+            "Leave user and password out of the URI.",
+        )),
+        _ => Err(Refusal::argument(
+            "malformed destination",
+            detail,
+            "Pass a URI such as https://billing.internal/events.",
+        )),
+    }
+}
+
+fn check_options(options: Option<pgrx::JsonB>) -> Result<(), Refusal> {
+    let json = options.map_or(serde_json::Value::Null, |options| options.0);
+    Options::from_json(&json).map(|_| ()).map_err(|error| {
+        Refusal::argument(
+            "wrong options of a subscription",
+            format!("{error}."),
+            format!("Options are: {OPTIONS}."),
+        )
+    })
+}

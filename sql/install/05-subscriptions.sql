@@ -1,0 +1,229 @@
+-- SPDX-License-Identifier: PostgreSQL
+-- Subscriptions, and the positions and cursors that say how far each has come.
+
+CREATE SEQUENCE dtm.subscription_id_seq AS bigint;  -- an id is never used again
+CREATE TABLE dtm.subscription (
+    id          bigint      PRIMARY KEY DEFAULT pg_catalog.nextval('dtm.subscription_id_seq'),
+    name        text        NOT NULL UNIQUE,
+    topics      text[]      NOT NULL,
+    destination text        NOT NULL,
+    options     jsonb       NOT NULL,
+    state       text        NOT NULL DEFAULT 'active' CHECK (state IN ('active', 'paused', 'disabled')),
+    reason      text,                         -- why it is not active, where nobody asked for it
+    since       timestamptz,                  -- events published before are passed over
+    epoch       bigint      NOT NULL DEFAULT 1, -- raised by rewind: cursors of an earlier epoch are void
+    created_at  timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+);
+
+-- Positions and cursors are appended, never updated: an updated row grows without end while anything holds the xmin
+-- horizon. Both logs are rings of two segments; dtm.installation.control_segment says which one is written.
+CREATE SEQUENCE dtm.position_id_seq AS bigint;
+CREATE TABLE dtm.position_log_1 (
+    id       bigint      PRIMARY KEY,
+    era      int         NOT NULL,
+    seq      bigint      NOT NULL,            -- the last sequence number given out when it was read
+    low      bigint      NOT NULL,            -- at and below this one it needs no row of the log
+    body     text        NOT NULL,            -- the position itself, as the library writes it
+    taken_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+);
+CREATE TABLE dtm.position_log_2 (LIKE dtm.position_log_1 INCLUDING ALL);
+
+CREATE SEQUENCE dtm.cursor_id_seq AS bigint;
+CREATE TABLE dtm.cursor_log_1 (
+    id           bigint      PRIMARY KEY,
+    subscription bigint      NOT NULL,
+    shard        int         NOT NULL,
+    epoch        bigint      NOT NULL,
+    token        bigint      NOT NULL,        -- of the lease under which it was moved; 0: set by SQL
+    "position"   bigint      NOT NULL,        -- everything before it is delivered
+    target       bigint,                      -- where the window ends that is being delivered; null between windows
+    acked        bigint      NOT NULL,        -- up to this sequence number the window is delivered
+    moved_at     timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+);
+CREATE INDEX cursor_log_1_latest ON dtm.cursor_log_1 (subscription, shard, id);
+CREATE TABLE dtm.cursor_log_2 (LIKE dtm.cursor_log_1 INCLUDING ALL);
+
+SELECT pg_catalog.pg_extension_config_dump(relation::pg_catalog.regclass, '')
+FROM pg_catalog.unnest(ARRAY['dtm.subscription_id_seq', 'dtm.subscription',
+                             'dtm.position_id_seq', 'dtm.position_log_1', 'dtm.position_log_2',
+                             'dtm.cursor_id_seq', 'dtm.cursor_log_1', 'dtm.cursor_log_2']) AS relation;
+
+CREATE VIEW dtm.position_log AS SELECT * FROM dtm.position_log_1 UNION ALL SELECT * FROM dtm.position_log_2;
+CREATE VIEW dtm.cursor_log AS SELECT * FROM dtm.cursor_log_1 UNION ALL SELECT * FROM dtm.cursor_log_2;
+
+-- The newest stored position of this era, or null: the later the base of a new one, the less has to be looked back for.
+CREATE FUNCTION dtm.latest_position() RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+RETURN (SELECT body FROM dtm.position_log p
+        WHERE era = (SELECT i.era FROM dtm.installation i) AND p.seq < 9223372036854775807
+        ORDER BY id DESC LIMIT 1);
+
+-- Where this transaction stands in the log: what commits after, this transaction included, is not yet seen.
+CREATE FUNCTION dtm.current_position(base text) RETURNS text
+LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'current_position_wrapper';
+-- The parts of a position that SQL needs.
+CREATE FUNCTION dtm.position_era(body text) RETURNS int
+LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'position_era_wrapper';
+CREATE FUNCTION dtm.position_seq(body text) RETURNS bigint
+LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'position_seq_wrapper';
+CREATE FUNCTION dtm.position_low(body text) RETURNS bigint
+LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'position_low_wrapper';
+CREATE FUNCTION dtm.start_of_era(era int) RETURNS text
+LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'start_of_era_wrapper';
+
+-- Raises an error with a hint if any part of a subscription is malformed.
+CREATE FUNCTION dtm.check_subscription(name text, topics text[], destination text, options jsonb) RETURNS void
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_subscription_wrapper';
+
+CREATE FUNCTION dtm.store_positions(bodies text[]) RETURNS bigint[]
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    ids bigint[];
+    segment smallint := (SELECT control_segment FROM dtm.installation);
+BEGIN
+    IF cardinality(bodies) = 0 THEN
+        RETURN '{}';
+    END IF;
+    ids := ARRAY(SELECT nextval('dtm.position_id_seq') FROM generate_subscripts(bodies, 1));
+    INSERT INTO dtm.position_log_1 (id, era, seq, low, body)
+    SELECT p.id, dtm.position_era(p.body), dtm.position_seq(p.body), dtm.position_low(p.body), p.body
+    FROM unnest(ids, bodies) AS p (id, body) WHERE segment = 1;
+    INSERT INTO dtm.position_log_2 (id, era, seq, low, body)
+    SELECT p.id, dtm.position_era(p.body), dtm.position_seq(p.body), dtm.position_low(p.body), p.body
+    FROM unnest(ids, bodies) AS p (id, body) WHERE segment = 2;
+    RETURN ids;
+END
+$$;
+
+-- A subscription begins where start_at says: 'now', 'earliest', or a time. Sets its cursor and the time it skips to.
+CREATE FUNCTION dtm.start_subscription(subscription_id bigint, start_at text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    body text;
+    start_time timestamptz;
+    segment smallint := (SELECT control_segment FROM dtm.installation);
+BEGIN
+    IF start_at = 'now' THEN
+        body := dtm.current_position(dtm.latest_position());
+    ELSE
+        IF start_at <> 'earliest' THEN
+            start_time := start_at::timestamptz;
+        END IF;
+        body := dtm.start_of_era(coalesce((SELECT era FROM dtm.eras ORDER BY ordinal LIMIT 1), (SELECT era FROM dtm.installation)));
+    END IF;
+    UPDATE dtm.subscription SET since = start_time WHERE id = subscription_id AND since IS DISTINCT FROM start_time;
+    INSERT INTO dtm.cursor_log_1 (id, subscription, shard, epoch, token, "position", acked)
+    SELECT nextval('dtm.cursor_id_seq'), s.id, 0, s.epoch, 0, (dtm.store_positions(ARRAY[body]))[1], 0
+    FROM dtm.subscription s WHERE s.id = subscription_id AND segment = 1;
+    INSERT INTO dtm.cursor_log_2 (id, subscription, shard, epoch, token, "position", acked)
+    SELECT nextval('dtm.cursor_id_seq'), s.id, 0, s.epoch, 0, (dtm.store_positions(ARRAY[body]))[1], 0
+    FROM dtm.subscription s WHERE s.id = subscription_id AND segment = 2;
+END
+$$;
+
+CREATE FUNCTION dtm.check_start_at(start_at text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF start_at IS NULL OR NOT (start_at IN ('now', 'earliest') OR isfinite(start_at::timestamptz)) THEN
+        RAISE invalid_datetime_format;
+    END IF;
+EXCEPTION WHEN invalid_datetime_format OR datetime_field_overflow OR invalid_parameter_value THEN
+    RAISE EXCEPTION USING
+        ERRCODE = 'invalid_parameter_value',
+        MESSAGE = 'start_at is no place in the log',
+        DETAIL = format('It is %s.', coalesce(quote_literal(left(start_at, 100)), 'null')),
+        HINT = 'Use ''now'', ''earliest'', or a time such as ''2026-01-31 12:00+00''.';
+END
+$$;
+
+CREATE FUNCTION dtm.subscribe(
+    name text, topics text[], destination text, options jsonb DEFAULT '{}', start_at text DEFAULT 'now'
+) RETURNS bigint
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    subscription_id bigint;
+BEGIN
+    PERFORM dtm.check_subscription(name, topics, destination, options);
+    PERFORM dtm.check_start_at(start_at);
+    INSERT INTO dtm.subscription AS s (name, topics, destination, options)
+    VALUES (subscribe.name, subscribe.topics, subscribe.destination, subscribe.options)
+    ON CONFLICT ON CONSTRAINT subscription_name_key DO NOTHING
+    RETURNING s.id INTO subscription_id;
+    IF FOUND THEN
+        PERFORM dtm.start_subscription(subscription_id, start_at);
+    ELSE
+        UPDATE dtm.subscription AS s
+        SET topics = subscribe.topics, destination = subscribe.destination, options = subscribe.options
+        WHERE s.name = subscribe.name
+        RETURNING s.id INTO subscription_id;
+    END IF;
+    RETURN subscription_id;
+END
+$$;
+
+CREATE FUNCTION dtm.subscribe(
+    name text, topic text, destination text, options jsonb DEFAULT '{}', start_at text DEFAULT 'now'
+) RETURNS bigint
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+RETURN dtm.subscribe(name, ARRAY[topic], destination, options, start_at);
+
+-- The error for a name that no subscription has.
+CREATE FUNCTION dtm.raise_no_subscription(name text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION USING
+        ERRCODE = 'undefined_object',
+        MESSAGE = 'there is no such subscription',
+        DETAIL = format('The name is %s.', coalesce(quote_literal(left(name, 200)), 'null')),
+        HINT = 'SELECT name FROM dtm.subscriptions lists them.';
+END
+$$;
+
+CREATE FUNCTION dtm.unsubscribe(name text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    DELETE FROM dtm.subscription AS s WHERE s.name = unsubscribe.name;
+    IF NOT FOUND THEN
+        PERFORM dtm.raise_no_subscription(name);
+    END IF;
+END
+$$;
+
+CREATE FUNCTION dtm.pause(name text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    UPDATE dtm.subscription AS s SET state = 'paused', reason = NULL WHERE s.name = pause.name;
+    IF NOT FOUND THEN
+        PERFORM dtm.raise_no_subscription(name);
+    END IF;
+END
+$$;
+
+CREATE FUNCTION dtm.resume(name text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    UPDATE dtm.subscription AS s SET state = 'active', reason = NULL WHERE s.name = resume.name;
+    IF NOT FOUND THEN
+        PERFORM dtm.raise_no_subscription(name);
+    END IF;
+END
+$$;
+
+CREATE FUNCTION dtm.rewind(name text, start_at text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    subscription_id bigint;
+BEGIN
+    PERFORM dtm.check_start_at(start_at);
+    UPDATE dtm.subscription AS s SET epoch = s.epoch + 1 WHERE s.name = rewind.name RETURNING s.id INTO subscription_id;
+    IF NOT FOUND THEN
+        PERFORM dtm.raise_no_subscription(name);
+    END IF;
+    PERFORM dtm.start_subscription(subscription_id, start_at);
+END
+$$;
+
+COMMENT ON FUNCTION dtm.subscribe(text, text, text, jsonb, text) IS
+    'Delivers events whose topic matches to a destination. Again with the same name: changes it and keeps its cursor.';
+COMMENT ON FUNCTION dtm.rewind(text, text) IS
+    'Sets a subscription''s cursor: ''now'', ''earliest'', or a time.';
