@@ -34,5 +34,5 @@ LANGUAGE c AS 'MODULE_PATHNAME', 'installation_changed_wrapper';
 -- The protocols between relay and extension that this version speaks.
 CREATE FUNCTION dtm.library_protocol() RETURNS int
 LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'library_protocol_wrapper';
-CREATE FUNCTION dtm.protocol(OUT least int, OUT greatest int)
+CREATE FUNCTION dtm.protocol(OUT "least" int, OUT "greatest" int)
 LANGUAGE sql STABLE PARALLEL SAFE AS 'SELECT 1, dtm.library_protocol()';

@@ -40,6 +40,10 @@ CREATE TABLE dtm.given_ids (
 ) USING heap;
 CREATE INDEX given_ids_given_at ON dtm.given_ids (given_at);
 
-SELECT pg_catalog.pg_extension_config_dump(relation::pg_catalog.regclass, '')
-FROM pg_catalog.unnest(ARRAY['dtm.event_seq', 'dtm.log_1', 'dtm.log_2', 'dtm.log_3',
-                             'dtm.delayed_seq', 'dtm.delayed', 'dtm.given_ids']) AS relation;
+SELECT pg_catalog.pg_extension_config_dump('dtm.event_seq', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.log_1', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.log_2', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.log_3', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.delayed_seq', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.delayed', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.given_ids', '');

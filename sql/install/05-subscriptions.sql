@@ -43,10 +43,14 @@ CREATE TABLE dtm.cursor_log_1 (
 CREATE INDEX cursor_log_1_latest ON dtm.cursor_log_1 (subscription, shard, id);
 CREATE TABLE dtm.cursor_log_2 (LIKE dtm.cursor_log_1 INCLUDING ALL);
 
-SELECT pg_catalog.pg_extension_config_dump(relation::pg_catalog.regclass, '')
-FROM pg_catalog.unnest(ARRAY['dtm.subscription_id_seq', 'dtm.subscription',
-                             'dtm.position_id_seq', 'dtm.position_log_1', 'dtm.position_log_2',
-                             'dtm.cursor_id_seq', 'dtm.cursor_log_1', 'dtm.cursor_log_2']) AS relation;
+SELECT pg_catalog.pg_extension_config_dump('dtm.subscription_id_seq', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.subscription', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.position_id_seq', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.position_log_1', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.position_log_2', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.cursor_id_seq', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.cursor_log_1', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.cursor_log_2', '');
 
 CREATE VIEW dtm.position_log AS SELECT * FROM dtm.position_log_1 UNION ALL SELECT * FROM dtm.position_log_2;
 CREATE VIEW dtm.cursor_log AS SELECT * FROM dtm.cursor_log_1 UNION ALL SELECT * FROM dtm.cursor_log_2;

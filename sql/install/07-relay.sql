@@ -121,6 +121,7 @@ CREATE FUNCTION dtm.relay_move(
     new_positions text[], subscriptions bigint[], shards int[], epochs bigint[], tokens bigint[],
     positions bigint[], targets bigint[], acked bigint[], OUT position_ids bigint[], OUT fenced bigint[])
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
 DECLARE
     segment smallint := (SELECT control_segment FROM dtm.installation);
     moved bigint[];
