@@ -9,6 +9,7 @@
 compile_error!("PostgreSQL errors unwind through Rust frames: build with panic = \"unwind\"");
 
 mod event;
+mod id;
 mod log;
 mod publish;
 mod refusal;

@@ -5,6 +5,7 @@ use pgrx::pg_sys::FunctionCallInfo;
 use pgrx::prelude::*;
 
 use crate::event::{self, NewEvent};
+use crate::id;
 use crate::log::append;
 use crate::refusal::Refusal;
 use crate::{varlena, wake};
@@ -84,15 +85,15 @@ unsafe fn check(shared: &Shared, arguments: Arguments) -> Result<NewEvent, Refus
             Some(_) => arguments.payload,
             None => arguments.payload.map(|jsonb| varlena::json_text(jsonb)),
         };
-        let id = arguments.id.map(|id| *id.cast_mut_ptr::<[u8; 16]>());
+        let given = arguments.id.map(|id| *id.cast_mut_ptr::<[u8; 16]>());
         let deliver_at = arguments.deliver_at.map(|at| at.value() as i64).filter(|&at| at > shared.now);
         if deliver_at == Some(i64::MAX) {
             let hint = "Pass the time at which the event shall be delivered.";
             return Err(Refusal::argument("deliver_at is never", "It is infinity.", hint));
         }
         Ok(NewEvent {
-            id: id.unwrap_or_else(|| new_id(shared.now)),
-            id_given: id.is_some(),
+            id: given.unwrap_or_else(|| id::new(shared.now)),
+            id_given: given.is_some(),
             topic: shared.topic,
             key: arguments.key.map(|key| event::check_key(key)).transpose()?,
             content_type: shared.content_type,
@@ -210,26 +211,6 @@ unsafe fn elements(
         );
         Ok(Some((0..count as usize).map(|i| (!*nulls.add(i)).then(|| *values.add(i))).collect()))
     }
-}
-
-/// A UUIDv7: 48 bits of time in milliseconds and 74 bits from the operating system's generator.
-fn new_id(now: pg_sys::TimestampTz) -> [u8; 16] {
-    const UNIX_TO_POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
-    let mut random = [0u8; 10];
-    // SAFETY: fills the buffer that it is given.
-    let filled = unsafe { pg_sys::pg_strong_random(random.as_mut_ptr().cast(), random.len()) };
-    if !filled {
-        let hint = "Try again; if it stays so, the operating system's random generator is broken.";
-        Refusal::new(
-            PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
-            "could not make an id",
-            "There were no random bits.",
-            hint,
-        )
-        .raise();
-    }
-    let milliseconds = ((now + UNIX_TO_POSTGRES_EPOCH_US) / 1_000) as u64;
-    *uuid::Builder::from_unix_timestamp_millis(milliseconds, &random).into_uuid().as_bytes()
 }
 
 /// For events that were checked when they were published: no event without the checks above comes from anywhere else.
