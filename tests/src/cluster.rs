@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: PostgreSQL
+//! A PostgreSQL cluster of its own for a test: made, crashed, restarted and removed by it.
+
+use std::fs::File;
+use std::io::Write;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+use tokio_postgres::{Client, NoTls};
+
+use crate::process::{self, server_command};
+
+const START_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The folder of the server's programs: the tree that `cargo xtask` made, with the extension installed.
+pub fn bin_dir() -> PathBuf {
+    std::env::var_os("DTM_PG_BIN").map(PathBuf::from).expect("DTM_PG_BIN is not set: run this by cargo xtask")
+}
+
+/// How a cluster is to be.
+pub struct Builder {
+    config: Vec<(String, String)>,
+    at: Option<PathBuf>,
+}
+
+/// A running (or crashed) cluster. Dropping it stops and removes it.
+pub struct Cluster {
+    // Before the folder: the server has to be gone when that is removed.
+    server: Option<Child>,
+    data: PathBuf,
+    sockets: PathBuf,
+    log: PathBuf,
+    port: u16,
+    _folder: Option<TempDir>,
+}
+
+impl Builder {
+    /// A line of postgresql.conf.
+    pub fn config(mut self, name: &str, value: &str) -> Self {
+        self.config.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Loads the library at the server's start, so that commits wake the relay.
+    pub fn preload(self) -> Self {
+        self.config("shared_preload_libraries", "pg_dtm")
+    }
+
+    /// Keeps the cluster in this folder, and takes it up again if it is there.
+    pub fn at(mut self, folder: &Path) -> Self {
+        self.at = Some(folder.to_owned());
+        self
+    }
+
+    /// Makes the cluster and starts it.
+    pub async fn start(self) -> Cluster {
+        let temporary = self.at.is_none().then(|| {
+            let folder =
+                tempfile::Builder::new().prefix("pg_dtm-").tempdir_in("/tmp").expect("a temporary folder");
+            process::give_to_server(folder.path());
+            folder
+        });
+        let root =
+            temporary.as_ref().map_or_else(|| self.at.clone().expect("a folder"), |t| t.path().to_owned());
+        let mut cluster = Cluster {
+            server: None,
+            data: root.join("data"),
+            sockets: root.join("s"),
+            log: root.join("log"),
+            port: 0,
+            _folder: temporary,
+        };
+        if !cluster.data.join("PG_VERSION").exists() {
+            for folder in [&root, &cluster.sockets] {
+                std::fs::create_dir_all(folder).expect("a folder");
+                process::give_to_server(folder);
+            }
+            let initdb = bin_dir().join("initdb");
+            let flags = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync", "-D"];
+            process::run(server_command(initdb).args(flags).arg(&cluster.data));
+        }
+        cluster.configure(&self.config);
+        cluster.start().await;
+        cluster
+    }
+}
+
+impl Cluster {
+    /// A cluster with PostgreSQL's defaults, fsync and synchronous_commit included.
+    pub fn builder() -> Builder {
+        Builder { config: Vec::new(), at: None }
+    }
+
+    fn configure(&mut self, lines: &[(String, String)]) {
+        self.port = free_port();
+        let mut text = format!(
+            "listen_addresses = '127.0.0.1'\nport = {}\nunix_socket_directories = '{}'\nmax_connections = 100\n",
+            self.port,
+            self.sockets.display()
+        );
+        for (name, value) in lines {
+            text += &format!("{name} = '{value}'\n");
+        }
+        std::fs::write(self.data.join("postgresql.auto.conf"), text).expect("postgresql.auto.conf");
+        process::give_to_server(&self.data.join("postgresql.auto.conf"));
+    }
+
+    /// Starts the server, after a crash or a stop too, and waits until it takes connections.
+    pub async fn start(&mut self) {
+        assert!(self.server.is_none(), "the server runs already");
+        let log = File::options().create(true).append(true).open(&self.log).expect("the log");
+        let errors = log.try_clone().expect("the log");
+        let mut command = server_command(bin_dir().join("postgres"));
+        command.arg("-D").arg(&self.data).stdin(Stdio::null()).stdout(log).stderr(errors);
+        self.server = Some(command.spawn().expect("postgres"));
+        let config = self.url("postgres");
+        let ready = process::eventually(START_DEADLINE, || async {
+            tokio_postgres::connect(&config, NoTls).await.ok()
+        });
+        if ready.await.is_none() {
+            panic!("the server did not start:\n{}", std::fs::read_to_string(&self.log).unwrap_or_default());
+        }
+    }
+
+    /// The process id of the postmaster.
+    pub fn pid(&self) -> u32 {
+        self.server.as_ref().expect("a running server").id()
+    }
+
+    /// SIGKILL to all of the server's processes, as a power cut would: nothing is written any more.
+    pub async fn kill9(&mut self) {
+        let mut server = self.server.take().expect("a running server");
+        let postmaster = server.id();
+        process::signal(postmaster, Signal::STOP);
+        let children = children(postmaster);
+        process::signal(postmaster, Signal::KILL);
+        children.iter().for_each(|child| process::signal(*child, Signal::KILL));
+        server.wait().expect("wait");
+        let gone = || children.iter().all(|child| !Path::new(&format!("/proc/{child}")).exists());
+        assert!(
+            process::holds_within(START_DEADLINE, gone).await,
+            "a process of the server outlives SIGKILL"
+        );
+        std::fs::remove_file(self.data.join("postmaster.pid")).ok();
+    }
+
+    /// Stops the server: sessions are cut off, what is committed is written.
+    pub async fn stop(&mut self) {
+        let Some(mut server) = self.server.take() else { return };
+        process::signal(server.id(), Signal::INT);
+        if process::wait(&mut server, START_DEADLINE).await.is_none() {
+            server.kill().ok();
+            panic!("the server did not stop");
+        }
+    }
+
+    /// A URL over TCP.
+    pub fn url(&self, database: &str) -> String {
+        self.url_as("postgres", database)
+    }
+
+    /// A URL over TCP for a user.
+    pub fn url_as(&self, user: &str, database: &str) -> String {
+        format!("postgres://{user}@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// The TCP port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The folder of the unix socket.
+    pub fn sockets(&self) -> &Path {
+        &self.sockets
+    }
+
+    /// What the server has logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// A session as superuser.
+    pub async fn connect(&self, database: &str) -> Client {
+        self.connect_as("postgres", database).await
+    }
+
+    /// A session of a user.
+    pub async fn connect_as(&self, user: &str, database: &str) -> Client {
+        let connected = tokio_postgres::connect(&self.url_as(user, database), NoTls).await;
+        let (client, connection) = connected.unwrap_or_else(|error| panic!("{user}@{database}: {error}"));
+        tokio::spawn(connection);
+        client
+    }
+
+    /// Makes a database with the extension in it.
+    pub async fn create_database(&self, name: &str) {
+        let create = format!("CREATE DATABASE {name}");
+        self.connect("postgres").await.batch_execute(&create).await.expect("CREATE DATABASE");
+        self.connect(name).await.batch_execute("CREATE EXTENSION pg_dtm").await.expect("CREATE EXTENSION");
+    }
+
+    /// Runs psql with a script and answers what it prints; stops at the first error.
+    pub fn psql(&self, database: &str, script: &str) -> String {
+        let mut file = tempfile::NamedTempFile::new().expect("a file");
+        file.write_all(script.as_bytes()).expect("a script");
+        let mut command = std::process::Command::new(bin_dir().join("psql"));
+        command.args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", &self.url(database), "-f"]).arg(file.path());
+        process::run(&mut command)
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if let Some(mut server) = self.server.take() {
+            // Immediate shutdown: the cluster is removed, nothing of it is needed.
+            process::signal(server.id(), Signal::QUIT);
+            server.wait().ok();
+        }
+    }
+}
+
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("its address").port()
+}
+
+/// The processes that a process has started.
+fn children(parent: u32) -> Vec<u32> {
+    let tasks = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
+    tasks.split_whitespace().map(|pid| pid.parse().expect("a process id")).collect()
+}

@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: PostgreSQL
+//! What runs on every PostgreSQL version: the SQL surface, the log's properties, one way from end to end.
+
+mod concurrent;
+mod schedule;
+mod windows;

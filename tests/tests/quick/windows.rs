@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: PostgreSQL
+//! The log's promise, against random interleavings on real sessions: what a cursor reads is what was committed, each event
+//! once, a key's events in the order of the commits. `DTM_SCHEDULES` sets how many schedules run, `DTM_SEED` the first seed.
+
+use bytes::Bytes;
+use dtm_core::page::Page;
+use dtm_tests::cluster::Cluster;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use tokio_postgres::Client;
+use tokio_postgres::types::ToSql;
+
+use crate::schedule::{Published, Writers};
+
+const SCHEDULES_IN_CI: u64 = 300;
+const STEPS: usize = 70;
+const RELAY: &str = "'00000000-0000-0000-0000-0000000000aa'::uuid";
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name)
+        .ok()
+        .map_or(default, |value| value.parse().unwrap_or_else(|_| panic!("{name} is no number")))
+}
+
+/// A reader takes one step at a time, so that writers get between any two of them.
+trait Reader {
+    async fn step(&mut self, random: &mut StdRng);
+    /// Reads to the end and answers everything that was read under a saved cursor.
+    async fn finish(self) -> Vec<i64>;
+}
+
+/// Reads as the relay does: polls, reads pages of a few rows, saves its cursor, and is restarted, also within a window.
+struct CursorReader<'a> {
+    client: &'a Client,
+    subscription: i64,
+    token: i64,
+    known: Option<String>,
+    position: String,
+    target: Option<String>,
+    acked: i64,
+    unsaved: Vec<i64>,
+    saved: Vec<i64>,
+}
+
+impl<'a> CursorReader<'a> {
+    async fn begin(client: &'a Client) -> CursorReader<'a> {
+        let subscribe = "SELECT dtm.subscribe('s', 't.*', 'http://127.0.0.1:9/')";
+        let subscription: i64 = client.query_one(subscribe, &[]).await.expect("subscribe").get(0);
+        let lease = format!("SELECT token FROM dtm.relay_lease({RELAY}, 'test', 3600)");
+        let token = client.query_one(&lease, &[]).await.expect("lease").get(0);
+        let mut reader = CursorReader {
+            client,
+            subscription,
+            token,
+            known: None,
+            position: String::new(),
+            target: None,
+            acked: 0,
+            unsaved: Vec::new(),
+            saved: Vec::new(),
+        };
+        reader.restart().await;
+        reader
+    }
+
+    /// Forgets everything that is not saved.
+    async fn restart(&mut self) {
+        let sql = "SELECT * FROM dtm.relay_cursor($1, 0, 1)";
+        let row = self.client.query_one(sql, &[&self.subscription]).await.expect("cursor");
+        self.position = row.get(0);
+        self.target = row.get(1);
+        self.acked = row.get(2);
+        self.known = None;
+        self.unsaved.clear();
+    }
+
+    async fn poll(&mut self) -> bool {
+        let head = self.client.query_one("SELECT dtm.relay_poll($1)", &[&self.known]).await.expect("poll");
+        let head: Option<String> = head.get(0);
+        let moved = head.is_some();
+        self.known = head.or(self.known.take());
+        moved
+    }
+
+    /// One page of the window; opens a window to the head that is known if there is none.
+    async fn page(&mut self, rows: i32) {
+        if self.target.is_none() {
+            self.target = self.known.clone().filter(|head| *head != self.position);
+            self.acked = 0;
+        }
+        let Some(target) = self.target.clone() else { return };
+        let sql = "SELECT dtm.relay_page($1, $2, $3, ARRAY['t.*'], NULL, $4, 100000)";
+        let row =
+            self.client.query_one(sql, &[&self.position, &target, &self.acked, &rows]).await.expect("page");
+        let page = Page::decode(Bytes::from(row.get::<_, Vec<u8>>(0))).expect("a page");
+        self.unsaved
+            .extend(page.events.iter().map(|event| number(event.payload.as_ref().expect("a payload"))));
+        self.acked = page.scanned;
+        if page.done {
+            self.position = target;
+            self.target = None;
+            self.acked = 0;
+        }
+    }
+
+    async fn save(&mut self) {
+        let mut positions = vec![self.position.clone()];
+        positions.extend(self.target.clone());
+        let target = self.target.as_ref().map(|_| -2i64);
+        let sql = "SELECT fenced FROM dtm.relay_move($1, ARRAY[$2::bigint], ARRAY[0], ARRAY[1::bigint], \
+                   ARRAY[$3::bigint], ARRAY[-1::bigint], ARRAY[$4::bigint], ARRAY[$5::bigint])";
+        let moved =
+            [&positions as &(dyn ToSql + Sync), &self.subscription, &self.token, &target, &self.acked];
+        let fenced: Vec<i64> = self.client.query_one(sql, &moved).await.expect("move").get(0);
+        assert!(fenced.is_empty());
+        self.saved.append(&mut self.unsaved);
+    }
+}
+
+impl Reader for CursorReader<'_> {
+    async fn step(&mut self, random: &mut StdRng) {
+        match random.random_range(0..10) {
+            0..=2 => drop(self.poll().await),
+            3..=6 => self.page(random.random_range(1..=5)).await,
+            7 | 8 => self.save().await,
+            _ => self.restart().await,
+        }
+    }
+
+    async fn finish(mut self) -> Vec<i64> {
+        loop {
+            let moved = self.poll().await;
+            self.page(1_000).await;
+            if !moved && self.target.is_none() && self.known.as_ref() == Some(&self.position) {
+                break;
+            }
+        }
+        self.save().await;
+        self.client.execute("SELECT dtm.unsubscribe('s')", &[]).await.expect("unsubscribe");
+        self.saved
+    }
+}
+
+/// Reads in the way that looks right: the highest sequence number and the snapshot; what the snapshot lists as running may
+/// lie below that number, everything else lies above it.
+struct NaiveReader<'a> {
+    client: &'a Client,
+    position: (i64, String),
+    read: Vec<i64>,
+}
+
+const NAIVE_POSITION: &str =
+    "SELECT CASE WHEN is_called THEN last_value ELSE 0 END, pg_current_snapshot()::text FROM dtm.event_seq";
+
+impl<'a> NaiveReader<'a> {
+    async fn begin(client: &'a Client) -> NaiveReader<'a> {
+        let row = client.query_one(NAIVE_POSITION, &[]).await.expect("position");
+        NaiveReader { client, position: (row.get(0), row.get(1)), read: Vec::new() }
+    }
+
+    async fn read(&mut self) {
+        let row = self.client.query_one(NAIVE_POSITION, &[]).await.expect("position");
+        let next: (i64, String) = (row.get(0), row.get(1));
+        let sql = "SELECT payload FROM dtm.log \
+                   WHERE (seq > $1 OR xid IN (SELECT pg_snapshot_xip($2::text::pg_snapshot))) \
+                   AND NOT pg_visible_in_snapshot(xid, $2::text::pg_snapshot) \
+                   AND pg_visible_in_snapshot(xid, $3::text::pg_snapshot) ORDER BY seq";
+        let rows =
+            self.client.query(sql, &[&self.position.0, &self.position.1, &next.1]).await.expect("rows");
+        self.read.extend(rows.iter().map(|row| number(row.get::<_, &[u8]>(0))));
+        self.position = next;
+    }
+}
+
+impl Reader for NaiveReader<'_> {
+    async fn step(&mut self, _random: &mut StdRng) {
+        self.read().await;
+    }
+
+    async fn finish(mut self) -> Vec<i64> {
+        self.read().await;
+        self.read
+    }
+}
+
+fn number(payload: &[u8]) -> i64 {
+    str::from_utf8(payload).expect("UTF-8").parse().expect("a number")
+}
+
+struct Sessions {
+    _cluster: Cluster,
+    writers: Vec<Client>,
+    reader: Client,
+}
+
+async fn sessions() -> Sessions {
+    let cluster = Cluster::builder().config("max_prepared_transactions", "50").start().await;
+    cluster.create_database("windows").await;
+    let reader = cluster.connect("windows").await;
+    let aggregates =
+        "CREATE TABLE aggregate (id int PRIMARY KEY); INSERT INTO aggregate SELECT generate_series(0, 9)";
+    reader.batch_execute(aggregates).await.expect("aggregates");
+    let mut writers = Vec::new();
+    for _ in 0..Writers::sessions() {
+        writers.push(cluster.connect("windows").await);
+    }
+    Sessions { _cluster: cluster, writers, reader }
+}
+
+/// Runs one schedule; answers what was committed, in order, and what was read.
+async fn run(sessions: &Sessions, mut reader: impl Reader, seed: u64) -> (Vec<Published>, Vec<i64>) {
+    let mut random = StdRng::seed_from_u64(!seed);
+    let mut writers = Writers::new(&sessions.writers, seed);
+    for _ in 0..STEPS {
+        if random.random_range(0..10) < 7 { writers.step().await } else { reader.step(&mut random).await }
+    }
+    writers.end_all().await;
+    (writers.truth.committed, reader.finish().await)
+}
+
+fn sorted(mut numbers: Vec<i64>) -> Vec<i64> {
+    numbers.sort_unstable();
+    numbers
+}
+
+fn of_key(committed: &[Published], read: &[i64], key: &str) -> (Vec<i64>, Vec<i64>) {
+    let in_key = |n: &i64| committed.iter().any(|event| event.n == *n && event.key.as_deref() == Some(key));
+    let expected = committed.iter().filter(|event| event.key.as_deref() == Some(key)).map(|event| event.n);
+    (expected.collect(), read.iter().copied().filter(in_key).collect())
+}
+
+#[tokio::test]
+async fn every_committed_event_is_read_exactly_once_and_a_key_in_commit_order() {
+    let sessions = sessions().await;
+    let first = setting("DTM_SEED", rand::random::<u32>().into());
+    let schedules = setting("DTM_SCHEDULES", SCHEDULES_IN_CI);
+    println!("{schedules} schedules from seed {first}");
+    let mut events = 0;
+    for seed in first..first + schedules {
+        let reader = CursorReader::begin(&sessions.reader).await;
+        let (committed, read) = run(&sessions, reader, seed).await;
+        let numbers = committed.iter().map(|event| event.n).collect();
+        assert_eq!(
+            sorted(numbers),
+            sorted(read.clone()),
+            "DTM_SEED={seed} DTM_SCHEDULES=1: lost, repeated or invented"
+        );
+        for key in committed.iter().filter_map(|event| event.key.as_deref()) {
+            let (expected, found) = of_key(&committed, &read, key);
+            assert_eq!(expected, found, "DTM_SEED={seed} DTM_SCHEDULES=1: order of key {key}");
+        }
+        events += committed.len();
+    }
+    println!("{events} events, each read once");
+    assert!(events as u64 > schedules, "the schedules hardly committed anything");
+}
+
+#[tokio::test]
+async fn the_naive_position_loses_events_in_the_same_schedules() {
+    let sessions = sessions().await;
+    let mut losses = 0;
+    for seed in 0..60 {
+        let reader = NaiveReader::begin(&sessions.reader).await;
+        let (committed, read) = run(&sessions, reader, seed).await;
+        losses += usize::from(committed.iter().any(|event| !read.contains(&event.n)));
+    }
+    println!("the naive position lost events in {losses} of 60 schedules");
+    assert!(losses > 0, "these schedules cannot tell a wrong position from a right one");
+}

@@ -1,0 +1,2 @@
+// SPDX-License-Identifier: PostgreSQL
+//! What takes long: crashes, PgBouncer, the relay's life.
