@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: PostgreSQL
+//! `dtm-relay run`: all databases side by side, until a signal says to stop.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+use uuid::Uuid;
+
+use crate::config::Config;
+use crate::database::{self, Shared};
+use crate::pipeline::budget::Budget;
+use crate::sink::http::HttpClient;
+
+/// What a shutdown needs beyond draining, to store cursors and give up leases.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Delivers until SIGTERM or SIGINT.
+pub async fn run(config: Config) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let mut signals =
+        Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? };
+    let names: Vec<String> = config.databases.iter().map(|database| database.name.clone()).collect();
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        relay = config.name,
+        environment = config.environment,
+        databases = names.join(", "),
+        "starting"
+    );
+    let farewell = config.shutdown + FAREWELL;
+    let budget = Budget::new(config.buffer_bytes);
+    let shared = Arc::new(Shared { relay: Uuid::new_v4(), http: HttpClient::new()?, budget, config });
+    let stop = CancellationToken::new();
+    let mut databases = JoinSet::new();
+    for database in &shared.config.databases {
+        databases.spawn(database::supervise(database.clone(), shared.clone(), stop.clone()));
+    }
+    let received = tokio::select! {
+        received = signals.next() => received,
+        Some(ended) = databases.join_next() => {
+            error!("a database's task ended by itself: {ended:?}");
+            return Ok(ExitCode::FAILURE);
+        }
+    };
+    info!(signal = received.name, "stopping: what is in flight is waited for");
+    stop.cancel();
+    let drained = async { while databases.join_next().await.is_some() {} };
+    tokio::select! {
+        () = drained => {}
+        () = tokio::time::sleep(farewell) => error!("not everything could be stored in time"),
+        second = signals.next() => {
+            info!(signal = second.name, "stopping at once");
+            return Ok(ExitCode::from(128 + second.number));
+        }
+    }
+    info!("stopped");
+    Ok(ExitCode::SUCCESS)
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+struct Received {
+    name: &'static str,
+    number: u8,
+}
+
+impl Signals {
+    async fn next(&mut self) -> Received {
+        tokio::select! {
+            _ = self.terminate.recv() => Received { name: "SIGTERM", number: 15 },
+            _ = self.interrupt.recv() => Received { name: "SIGINT", number: 2 },
+        }
+    }
+}

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: PostgreSQL
+//! The pipelines of one database, kept in step with what its leases say.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use dtm_core::destination::Destination;
+use dtm_core::options::Options;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument as _, error, info};
+
+use crate::pipeline::budget::{Budget, Share};
+use crate::pipeline::run::{Bounds, Pipeline};
+use crate::sink::http::{HttpClient, HttpSink};
+use crate::source::cursors::{Cursors, Owner};
+use crate::source::error::SourceError;
+use crate::source::head::Head;
+use crate::source::leases::Assignment;
+use crate::source::pages::{Pages, Wanted};
+
+/// What all pipelines of a session share.
+pub struct Common {
+    /// Who the events are from.
+    pub source: String,
+    /// All eras of the log.
+    pub eras: Arc<[i32]>,
+    /// Where pages come from.
+    pub pages: Arc<Pages>,
+    /// The newest head.
+    pub heads: watch::Receiver<Head>,
+    /// Where cursors are left.
+    pub cursors: Arc<Cursors>,
+    /// Until when anything may be sent.
+    pub valid_until: watch::Receiver<Instant>,
+    /// Connections to endpoints.
+    pub http: HttpClient,
+    /// Memory of the whole relay.
+    pub budget: Budget,
+    /// Memory of one pipeline.
+    pub subscription_bytes: usize,
+    /// Bounds of one pipeline.
+    pub bounds: Bounds,
+}
+
+type Key = (i64, i32);
+
+/// A pipeline, or the last one that there was.
+struct Running {
+    /// What it delivers; `None`: it is to stop.
+    assignment: Option<Assignment>,
+    drain: CancellationToken,
+    /// Cancelled when its task has ended.
+    ended: CancellationToken,
+}
+
+/// All pipelines of a session.
+pub struct Deliveries {
+    common: Common,
+    running: HashMap<Key, Running>,
+    tasks: JoinSet<Result<(), SourceError>>,
+}
+
+impl Deliveries {
+    /// No pipelines yet.
+    pub fn new(common: Common) -> Self {
+        Deliveries { common, running: HashMap::new(), tasks: JoinSet::new() }
+    }
+
+    /// Whether no pipeline runs.
+    pub fn is_empty(&self) -> bool {
+        self.tasks.is_empty()
+    }
+
+    /// Waits for a pipeline to end. An error is one of the database connection. Waits for ever if there is none.
+    pub async fn ended(&mut self) -> Result<(), SourceError> {
+        match self.tasks.join_next().await {
+            Some(Ok(result)) => result?,
+            Some(Err(error)) => return Err(SourceError::Unreachable(format!("a pipeline failed: {error}"))),
+            None => std::future::pending().await,
+        }
+        self.running.retain(|_, running| running.assignment.is_some() || !running.ended.is_cancelled());
+        Ok(())
+    }
+
+    /// Stops all pipelines at once.
+    pub async fn abort(&mut self) {
+        self.tasks.shutdown().await;
+    }
+
+    /// Starts what is new, stops what is gone, and starts anew what has changed, from where its cursor stands.
+    pub fn reconcile(&mut self, assigned: &[Assignment]) {
+        let wanted: HashMap<Key, &Assignment> = assigned
+            .iter()
+            .map(|assignment| ((assignment.subscription, assignment.shard), assignment))
+            .collect();
+        for (key, running) in &mut self.running {
+            if wanted.contains_key(key) {
+                continue;
+            }
+            if let Some(gone) = running.assignment.take() {
+                info!(subscription = gone.name, "no longer delivered here");
+                running.drain.cancel();
+            }
+        }
+        for (key, assignment) in wanted {
+            if self.running.get(&key).is_none_or(|running| running.assignment.as_ref() != Some(assignment)) {
+                self.start(key, assignment);
+            }
+        }
+    }
+
+    fn start(&mut self, key: Key, assignment: &Assignment) {
+        let before = self.running.remove(&key).map(|running| {
+            running.drain.cancel();
+            running.ended
+        });
+        let (drain, ended) = (CancellationToken::new(), CancellationToken::new());
+        let pipeline = match self.pipeline(assignment, drain.clone()) {
+            Ok(pipeline) => {
+                info!(subscription = assignment.name, destination = assignment.destination, "delivering");
+                Some(pipeline)
+            }
+            Err(problem) => {
+                error!(subscription = assignment.name, "it is not delivered: {problem}");
+                None
+            }
+        };
+        let end = ended.clone().drop_guard();
+        let task = async move {
+            let _end = end;
+            // Its last cursor has to be stored before the new one reads it.
+            if let Some(before) = before {
+                before.cancelled().await;
+            }
+            match pipeline {
+                Some(pipeline) => pipeline.run().await,
+                None => Ok(()),
+            }
+        };
+        self.tasks.spawn(task.in_current_span());
+        self.running.insert(key, Running { assignment: Some(assignment.clone()), drain, ended });
+    }
+
+    fn pipeline(&self, assignment: &Assignment, drain: CancellationToken) -> Result<Pipeline, String> {
+        let common = &self.common;
+        let options = Options::from_json(&assignment.options).map_err(|error| error.to_string())?;
+        let Destination::Http(uri) = Destination::parse(&assignment.destination)
+            .map_err(|error| format!("destination {}: {error}", assignment.destination))?;
+        let sink = HttpSink::new(common.http.clone(), uri, options.timeout, &common.source)
+            .map_err(|error| error.to_string())?;
+        let Assignment { subscription, shard, epoch, token, .. } = *assignment;
+        Ok(Pipeline {
+            name: assignment.name.clone(),
+            owner: Owner { subscription, shard, epoch, token, fenced: CancellationToken::new() },
+            wanted: Arc::new(Wanted { topics: assignment.topics.clone(), since: assignment.since }),
+            options,
+            sink: Arc::new(sink),
+            pages: common.pages.clone(),
+            heads: common.heads.clone(),
+            cursors: common.cursors.clone(),
+            valid_until: common.valid_until.clone(),
+            share: Share::new(common.budget.clone(), common.subscription_bytes),
+            eras: common.eras.clone(),
+            bounds: common.bounds,
+            drain,
+        })
+    }
+}

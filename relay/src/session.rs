@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: PostgreSQL
+//! A session with a database: from hello until the first of its connections breaks.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::try_join_all;
+use tokio::sync::watch;
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument as _, info};
+
+use crate::database::Shared;
+use crate::deliveries::{Common, Deliveries};
+use crate::source::connect::Connector;
+use crate::source::cursors::{self, Cursors};
+use crate::source::due;
+use crate::source::error::SourceError;
+use crate::source::head::{self, Pace};
+use crate::source::hello::{self, Greeting};
+use crate::source::leases::{self, Assignments, Identity, Told};
+use crate::source::pages::Pages;
+
+/// Connections that pages are read over.
+const READERS: usize = 2;
+
+/// What storing the last cursors and giving up the leases may take.
+const FAREWELL: Duration = Duration::from_secs(4);
+
+/// Tasks that each have a connection of their own: one that waits holds up no other.
+type Roles = JoinSet<Result<(), SourceError>>;
+
+/// A session.
+pub struct Session {
+    roles: Roles,
+    deliveries: Deliveries,
+    assignments: watch::Receiver<Assignments>,
+    release: CancellationToken,
+}
+
+impl Session {
+    /// Delivers until `stop`, which ends it in good order, or until a connection breaks.
+    pub async fn run(
+        connector: &Connector,
+        shared: &Shared,
+        stop: &CancellationToken,
+    ) -> Result<(), SourceError> {
+        let mut session = tokio::select! {
+            begun = Session::begin(connector, shared) => begun?,
+            () = stop.cancelled() => return Ok(()),
+        };
+        let ended = session.work(stop).await;
+        // Nothing of a session outlives it: the next one begins with what is stored.
+        session.deliveries.abort().await;
+        session.roles.shutdown().await;
+        ended
+    }
+
+    async fn begin(connector: &Connector, shared: &Shared) -> Result<Self, SourceError> {
+        let config = &shared.config;
+        let first = connector.connect().await?;
+        let greeting = hello::hello(&first, &config.environment).await?;
+        let others = try_join_all((0..READERS + 3).map(|_| connector.connect())).await?;
+        let mut others = others.into_iter();
+        let mut next =
+            || others.next().ok_or_else(|| SourceError::Unreachable("a connection is missing".into()));
+        let (lease_link, cursor_link, due_link) = (next()?, next()?, next()?);
+        let pages = Arc::new(Pages::new(others.collect()).await?);
+        announce(connector, &greeting);
+
+        let now = Instant::now();
+        let (heads, head) = watch::channel(None);
+        let (valid_until, valid) = watch::channel(now);
+        let (assigned, assignments) = watch::channel(None);
+        let cursors = Arc::new(Cursors::default());
+        let release = CancellationToken::new();
+        let identity = Identity { relay: shared.relay, name: config.name.clone(), lease: config.lease };
+        let pace = Pace { busy: config.poll_busy, idle: config.poll_idle };
+        let told = Told { valid_until, assignments: assigned };
+
+        let mut roles = Roles::new();
+        let common = Common {
+            source: greeting.source.clone(),
+            eras: greeting.eras.clone(),
+            pages,
+            heads: head,
+            cursors: cursors.clone(),
+            valid_until: valid,
+            http: shared.http.clone(),
+            budget: shared.budget.clone(),
+            subscription_bytes: config.subscription_bytes,
+            bounds: config.pipeline_bounds(),
+        };
+        roles.spawn(endless(head::follow(first, greeting, pace, heads)).in_current_span());
+        roles.spawn(leases::follow(lease_link, identity, told, release.clone()).in_current_span());
+        roles.spawn(endless(cursors::follow(cursor_link, cursors)).in_current_span());
+        roles.spawn(endless(due::follow(due_link)).in_current_span());
+        Ok(Session { roles, deliveries: Deliveries::new(common), assignments, release })
+    }
+
+    async fn work(&mut self, stop: &CancellationToken) -> Result<(), SourceError> {
+        loop {
+            tokio::select! {
+                Some(role) = self.roles.join_next() => return Err(why(role)),
+                ended = self.deliveries.ended() => ended?,
+                changed = self.assignments.changed() => {
+                    if changed.is_err() {
+                        // The leases' task has ended: its error comes by the first branch.
+                        self.assignments = watch::channel(None).1;
+                        continue;
+                    }
+                    let assigned = self.assignments.borrow_and_update().clone();
+                    self.deliveries.reconcile(assigned.as_deref().map_or(&[], Vec::as_slice));
+                }
+                () = stop.cancelled() => return self.stop().await,
+            }
+        }
+    }
+
+    /// Waits for what is in flight, stores the last cursors and gives up the leases. Heartbeats go on meanwhile.
+    async fn stop(&mut self) -> Result<(), SourceError> {
+        self.deliveries.reconcile(&[]);
+        while !self.deliveries.is_empty() {
+            tokio::select! {
+                Some(role) = self.roles.join_next() => return Err(why(role)),
+                ended = self.deliveries.ended() => ended?,
+            }
+        }
+        self.release.cancel();
+        let released = tokio::time::timeout(FAREWELL, async {
+            while let Some(role) = self.roles.join_next().await {
+                match role {
+                    Ok(Ok(())) => return Ok(()),
+                    other => return Err(why(other)),
+                }
+            }
+            Ok(())
+        });
+        released.await.unwrap_or(Err(SourceError::Silent { what: "releasing leases", limit: FAREWELL }))
+    }
+}
+
+async fn endless(role: impl Future<Output = Result<Infallible, SourceError>>) -> Result<(), SourceError> {
+    role.await.map(|never| match never {})
+}
+
+/// Why a task that should go on has ended.
+fn why(ended: Result<Result<(), SourceError>, JoinError>) -> SourceError {
+    match ended {
+        Ok(Err(error)) => error,
+        Ok(Ok(())) => SourceError::Unreachable("a task of the session has ended".into()),
+        Err(error) => SourceError::Unreachable(format!("a task of the session failed: {error}")),
+    }
+}
+
+fn announce(connector: &Connector, greeting: &Greeting) {
+    info!(
+        extension = greeting.version,
+        wakes = if greeting.preloaded { "by commit" } else { "by polling" },
+        "connected to {}",
+        connector.settings().describe()
+    );
+}

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: PostgreSQL
+//! Storing how far each subscription has come: all cursors that moved in one statement, a few times a second.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::error::SourceError;
+use super::link::Link;
+use super::mark::Mark;
+
+/// Between two statements at the least.
+const EVERY: Duration = Duration::from_millis(100);
+
+/// A move that says no more than "nothing for this subscription came by" may wait this long.
+const IDLE_EVERY: Duration = Duration::from_secs(1);
+
+/// Whose cursor it is, and by which right it is moved.
+#[derive(Clone, Debug)]
+pub struct Owner {
+    /// The subscription's id.
+    pub subscription: i64,
+    /// The shard.
+    pub shard: i32,
+    /// The epoch that its pipeline works in.
+    pub epoch: i64,
+    /// The token of its lease.
+    pub token: i64,
+    /// Cancelled when the database says that the epoch or the token is no longer the newest.
+    pub fenced: CancellationToken,
+}
+
+/// How far a subscription has come.
+#[derive(Clone, Debug)]
+pub struct Cursor {
+    /// Everything before it is acknowledged.
+    pub position: Arc<Mark>,
+    /// The end of the window that is being delivered; `None` between windows.
+    pub target: Option<Arc<Mark>>,
+    /// Up to this sequence number that window is acknowledged.
+    pub acked: i64,
+}
+
+struct Move {
+    owner: Owner,
+    cursor: Cursor,
+    due: Instant,
+}
+
+#[derive(Default)]
+struct Waiting {
+    /// The newest move of each subscription and shard: no more than there are pipelines.
+    moves: HashMap<(i64, i32), Move>,
+    /// How many barriers were asked for.
+    barriers: u64,
+}
+
+/// Where pipelines leave their moves.
+#[derive(Default)]
+pub struct Cursors {
+    waiting: Mutex<Waiting>,
+    arrived: Notify,
+    passed: watch::Sender<u64>,
+}
+
+impl Cursors {
+    /// Leaves a move to be stored. `delivered`: it covers events, so that storing it soon spares duplicates after a crash.
+    pub fn moved(&self, owner: &Owner, cursor: Cursor, delivered: bool) {
+        let now = Instant::now();
+        let due = if delivered { now } else { now + IDLE_EVERY };
+        let mut waiting = self.lock();
+        let key = (owner.subscription, owner.shard);
+        let due = waiting.moves.get(&key).map_or(due, |earlier| earlier.due.min(due));
+        waiting.moves.insert(key, Move { owner: owner.clone(), cursor, due });
+        drop(waiting);
+        self.arrived.notify_one();
+    }
+
+    /// Waits until every move that was left before is stored or refused.
+    pub async fn barrier(&self) {
+        let mut passed = self.passed.subscribe();
+        let mine = {
+            let mut waiting = self.lock();
+            waiting.barriers += 1;
+            waiting.barriers
+        };
+        self.arrived.notify_one();
+        let _ = passed.wait_for(|&passed| passed >= mine).await;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes what is due, or all of it if somebody waits; and the number of barriers that are passed with it.
+    fn take(&self, now: Instant) -> (Vec<Move>, u64) {
+        let mut waiting = self.lock();
+        let all = waiting.barriers > *self.passed.borrow();
+        let due =
+            waiting.moves.extract_if(|_, entry| all || entry.due <= now).map(|(_, entry)| entry).collect();
+        (due, waiting.barriers)
+    }
+
+    fn next_due(&self) -> Option<Instant> {
+        self.lock().moves.values().map(|entry| entry.due).min()
+    }
+
+    async fn wait(&self) {
+        match self.next_due() {
+            Some(due) => {
+                let _ = tokio::time::timeout_at(due, self.arrived.notified()).await;
+            }
+            None => self.arrived.notified().await,
+        }
+    }
+}
+
+/// Stores moves until the connection fails.
+pub async fn follow(link: Link, cursors: Arc<Cursors>) -> Result<Infallible, SourceError> {
+    let sql = "SELECT position_ids, fenced FROM dtm.relay_move($1, $2, $3, $4, $5, $6, $7, $8)";
+    let statement = link.prepare("moving cursors", sql).await?;
+    loop {
+        cursors.wait().await;
+        let begun = Instant::now();
+        let (moves, barriers) = cursors.take(begun);
+        if !moves.is_empty() {
+            let batch = Batch::of(&moves);
+            let row = link.query_one("moving cursors", &statement, &batch.parameters()).await?;
+            batch.stored(row.get(0))?;
+            refuse(&moves, row.get(1));
+        }
+        cursors.passed.send_replace(barriers);
+        if !moves.is_empty() {
+            tokio::time::sleep_until(begun + EVERY).await;
+        }
+    }
+}
+
+fn refuse(moves: &[Move], fenced: Vec<i64>) {
+    for entry in moves.iter().filter(|entry| fenced.contains(&entry.owner.subscription)) {
+        entry.owner.fenced.cancel();
+    }
+}
+
+/// The arguments of one statement, column by column.
+#[derive(Default)]
+struct Batch<'a> {
+    new_marks: Vec<&'a Mark>,
+    new_positions: Vec<&'a str>,
+    subscriptions: Vec<i64>,
+    shards: Vec<i32>,
+    epochs: Vec<i64>,
+    tokens: Vec<i64>,
+    positions: Vec<i64>,
+    targets: Vec<Option<i64>>,
+    acked: Vec<i64>,
+}
+
+impl<'a> Batch<'a> {
+    fn of(moves: &'a [Move]) -> Self {
+        let mut batch = Batch::default();
+        let mut places = HashMap::new();
+        for Move { owner, cursor, .. } in moves {
+            batch.subscriptions.push(owner.subscription);
+            batch.shards.push(owner.shard);
+            batch.epochs.push(owner.epoch);
+            batch.tokens.push(owner.token);
+            let position = batch.refer(&cursor.position, &mut places);
+            batch.positions.push(position);
+            let target = cursor.target.as_ref().map(|target| batch.refer(target, &mut places));
+            batch.targets.push(target);
+            batch.acked.push(cursor.acked);
+        }
+        batch
+    }
+
+    /// The id that a mark is stored under; else -k, and it goes along as the k-th new one.
+    fn refer(&mut self, mark: &'a Arc<Mark>, places: &mut HashMap<*const Mark, i64>) -> i64 {
+        mark.id().unwrap_or_else(|| {
+            *places.entry(Arc::as_ptr(mark)).or_insert_with(|| {
+                self.new_marks.push(mark);
+                self.new_positions.push(mark.text());
+                -(self.new_marks.len() as i64)
+            })
+        })
+    }
+
+    fn parameters(&self) -> [&(dyn tokio_postgres::types::ToSql + Sync); 8] {
+        [
+            &self.new_positions,
+            &self.subscriptions,
+            &self.shards,
+            &self.epochs,
+            &self.tokens,
+            &self.positions,
+            &self.targets,
+            &self.acked,
+        ]
+    }
+
+    fn stored(&self, ids: Vec<i64>) -> Result<(), SourceError> {
+        if ids.len() != self.new_marks.len() {
+            let problem = format!("{} ids for {} new positions", ids.len(), self.new_marks.len());
+            return Err(SourceError::Answer { what: "moving cursors", problem });
+        }
+        self.new_marks.iter().zip(ids).for_each(|(mark, id)| mark.stored(id));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dtm_core::position::Position;
+
+    use super::*;
+
+    fn mark() -> Arc<Mark> {
+        Mark::new(Position::start_of_era(1))
+    }
+
+    fn owner(subscription: i64) -> Owner {
+        Owner { subscription, shard: 0, epoch: 1, token: 1, fenced: CancellationToken::new() }
+    }
+
+    fn cursor(position: &Arc<Mark>, target: Option<&Arc<Mark>>) -> Cursor {
+        Cursor { position: position.clone(), target: target.cloned(), acked: 0 }
+    }
+
+    #[test]
+    fn what_was_delivered_is_due_at_once_and_the_rest_later() {
+        let cursors = Cursors::default();
+        cursors.moved(&owner(1), cursor(&mark(), None), false);
+        cursors.moved(&owner(2), cursor(&mark(), None), true);
+        let (due, _) = cursors.take(Instant::now());
+        assert_eq!(due.iter().map(|entry| entry.owner.subscription).collect::<Vec<_>>(), [2]);
+        assert!(cursors.take(Instant::now()).0.is_empty());
+        assert_eq!(cursors.take(Instant::now() + IDLE_EVERY).0.len(), 1);
+    }
+
+    #[test]
+    fn a_later_move_replaces_an_earlier_one_and_does_not_put_it_off() {
+        let cursors = Cursors::default();
+        let newest = mark();
+        cursors.moved(&owner(1), cursor(&mark(), None), true);
+        cursors.moved(&owner(1), cursor(&newest, None), false);
+        let (due, _) = cursors.take(Instant::now());
+        assert_eq!(due.len(), 1);
+        assert!(Arc::ptr_eq(&due[0].cursor.position, &newest));
+    }
+
+    #[test]
+    fn a_position_is_stored_once_for_all_that_stand_at_it() {
+        let (shared, target) = (mark(), mark());
+        let owners = [owner(1), owner(2), owner(3)];
+        let targets = [None, Some(&target), Some(&shared)];
+        let moves: Vec<Move> = std::iter::zip(&owners, targets)
+            .map(|(owner, target)| Move {
+                owner: owner.clone(),
+                cursor: cursor(&shared, target),
+                due: Instant::now(),
+            })
+            .collect();
+        let batch = Batch::of(&moves);
+        assert_eq!(batch.positions, [-1, -1, -1]);
+        assert_eq!(batch.targets, [None, Some(-2), Some(-1)]);
+        batch.stored(vec![70, 71]).unwrap();
+        let again = Batch::of(&moves);
+        assert_eq!((again.new_positions.len(), again.positions), (0, vec![70, 70, 70]));
+        assert_eq!(again.targets, [None, Some(71), Some(70)]);
+        assert!(batch.stored(vec![1]).is_err());
+    }
+
+    #[test]
+    fn only_the_refused_are_fenced() {
+        let moves: Vec<Move> = [1, 2]
+            .map(|id| Move { owner: owner(id), cursor: cursor(&mark(), None), due: Instant::now() })
+            .into();
+        refuse(&moves, vec![2]);
+        assert!(!moves[0].owner.fenced.is_cancelled() && moves[1].owner.fenced.is_cancelled());
+    }
+}

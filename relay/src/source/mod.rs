@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: PostgreSQL
+//! All that knows PostgreSQL: connections, the log's head and pages, cursors, leases, due events.
+
+pub mod connect;
+pub mod cursors;
+pub mod due;
+pub mod error;
+pub mod head;
+pub mod hello;
+pub mod leases;
+pub mod link;
+pub mod mark;
+pub mod pages;
+pub mod passfile;
+pub mod settings;
+pub mod tls;
+pub mod url;
