@@ -18,7 +18,8 @@ const CLUSTER_SETTINGS: &str = "/etc/postgresql-common/createcluster.d";
 pub fn install(workspace: &Workspace, missing: &[&str]) -> Result<()> {
     say(&format!("installing {}", missing.join(", ")));
     job::must(workspace, "apt-update", apt_get().arg("update"), false)?;
-    let plan = command_output(apt_get().args(["-s", "install", "-y", "--no-install-recommends"]).args(missing))?;
+    let plan =
+        command_output(apt_get().args(["-s", "install", "-y", "--no-install-recommends"]).args(missing))?;
     let listed = command_output(Command::new("pg_lsclusters").arg("-h")).unwrap_or_default();
     if let Some((cluster, package)) = restarted(&upgraded(&plan), &online(&listed)) {
         return Err(format!(
@@ -44,7 +45,12 @@ pub fn install(workspace: &Workspace, missing: &[&str]) -> Result<()> {
 }
 
 fn get(workspace: &Workspace, log: &str, packages: &[&str]) -> Result<()> {
-    job::must(workspace, log, apt_get().args(["install", "-y", "--no-install-recommends"]).args(packages), false)
+    job::must(
+        workspace,
+        log,
+        apt_get().args(["install", "-y", "--no-install-recommends"]).args(packages),
+        false,
+    )
 }
 
 fn apt_get() -> Command {

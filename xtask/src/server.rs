@@ -90,7 +90,10 @@ fn wheel(workspace: &Workspace) -> Result<PathBuf> {
 
 /// Fills a new directory beside `tree` and puts it into its place when it is whole.
 fn make_tree(
-    workspace: &Workspace, tree: &Path, stamp: &str, fill: impl FnOnce(&Path) -> Result<()>,
+    workspace: &Workspace,
+    tree: &Path,
+    stamp: &str,
+    fill: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
     let new = tree.with_extension("new");
     remove(&new)?;

@@ -87,8 +87,9 @@ pub fn command_output(command: &mut Command) -> Result<String> {
 
 /// FNV-1a: the same for the same path in every version of the compiler, unlike the standard library's hasher.
 fn short_hash(bytes: &[u8]) -> String {
-    let hash =
-        bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3));
+    let hash = bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3));
     format!("{hash:016x}")[..10].to_owned()
 }
 
