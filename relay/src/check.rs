@@ -3,9 +3,144 @@
 
 use std::process::ExitCode;
 
-use crate::config::Config;
+use dtm_core::destination::Destination;
+use dtm_core::options::Options;
 
-/// Checks everything.
-pub async fn run(_config: &Config) -> ExitCode {
-    ExitCode::SUCCESS
+use crate::config::{Config, Database};
+use crate::source::connect::Connector;
+use crate::source::error::SourceError;
+use crate::source::inspect::{self, Stored};
+use crate::source::link::Link;
+use crate::source::{hello, settings::Settings};
+
+/// How many of a kind are named one by one.
+const NAMED: usize = 3;
+
+/// The findings of a check; they are printed as they come.
+#[derive(Default)]
+struct Findings {
+    problems: usize,
+}
+
+impl Findings {
+    fn good(&self, what: &str) {
+        println!("  ok     {what}");
+    }
+
+    fn note(&self, what: &str) {
+        println!("  note   {what}");
+    }
+
+    fn wrong(&mut self, what: &str, mend: Option<&str>) {
+        self.problems += 1;
+        let mend = mend.map(|mend| format!(" -- to mend it: {mend}")).unwrap_or_default();
+        println!("  WRONG  {what}{mend}");
+    }
+
+    fn failed(&mut self, error: &SourceError) {
+        self.wrong(&error.to_string(), error.hint());
+    }
+}
+
+/// Checks every database that is configured. Fails if something is wrong; the configuration itself was read before.
+pub async fn run(config: &Config) -> ExitCode {
+    let mut findings = Findings::default();
+    println!("configuration");
+    findings.good(&format!("environment {:?}, {} database(s)", config.environment, config.databases.len()));
+    for database in &config.databases {
+        println!("{}: {}", database.name, database.settings.describe());
+        if let Err(error) = check(config, database, &mut findings).await {
+            findings.failed(&error);
+        }
+    }
+    match findings.problems {
+        0 => {
+            println!("nothing is wrong");
+            ExitCode::SUCCESS
+        }
+        n => {
+            println!("{n} problem(s)");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// An error is one that leaves nothing more to check.
+async fn check(config: &Config, database: &Database, findings: &mut Findings) -> Result<(), SourceError> {
+    let connector = Connector::new(database.settings.clone(), config.statement_timeout)?;
+    let link = match connector.connect().await {
+        Ok(link) => link,
+        Err(error) => {
+            findings.wrong(&error.to_string(), Some(error.hint().unwrap_or(&reach(&database.settings))));
+            return Ok(());
+        }
+    };
+    let (version, encrypted) = inspect::server(&link).await?;
+    findings.good(&format!(
+        "connected to PostgreSQL {version}, {}",
+        if encrypted { "over TLS" } else { "without TLS" }
+    ));
+
+    let version = hello::check_extension(&link).await?;
+    let missing = inspect::missing_privileges(&link).await?;
+    for missing in missing.iter().take(NAMED) {
+        findings.wrong(&format!("the role lacks {}", missing.privilege), Some(&missing.grant));
+    }
+    if missing.len() > NAMED {
+        let statements = missing.iter().map(|missing| missing.grant.as_str());
+        let mut grants: Vec<&str> = statements.collect();
+        grants.dedup();
+        findings.wrong(&format!("and {} more privileges", missing.len() - NAMED), Some(&grants.join(" ")));
+    }
+    if !missing.is_empty() {
+        return Ok(());
+    }
+    findings.good("privileges");
+
+    hello::check_protocol(&link).await?;
+    findings.good(&format!("extension pg_dtm {version} speaks this relay's protocol"));
+    if let Some(newer) = inspect::newer_version(&link).await? {
+        findings
+            .note(&format!("version {newer} is installed beside the server: ALTER EXTENSION pg_dtm UPDATE"));
+    }
+    let greeting = inspect::greet(&link, &config.environment).await?;
+    findings.good(&format!("the database may be delivered from; ce-source is {}", greeting.source));
+    if !greeting.preloaded {
+        findings.note("commits do not wake the relay, it polls: shared_preload_libraries has no pg_dtm");
+    }
+    subscriptions(&link, findings).await
+}
+
+async fn subscriptions(link: &Link, findings: &mut Findings) -> Result<(), SourceError> {
+    let stored = inspect::subscriptions(link).await?;
+    for subscription in &stored {
+        if let Err(problem) = deliverable(subscription) {
+            let mend = "call dtm.subscribe again with its name, or use a newer relay";
+            findings.wrong(&format!("subscription {:?}: {problem}", subscription.name), Some(mend));
+        } else if subscription.state != "active" {
+            let reason =
+                subscription.reason.as_deref().map(|reason| format!(" ({reason})")).unwrap_or_default();
+            findings.note(&format!("subscription {:?} is {}{reason}", subscription.name, subscription.state));
+        }
+    }
+    match stored.len() {
+        0 => findings.note("there are no subscriptions yet: nothing is delivered"),
+        n => findings.good(&format!("{n} subscription(s)")),
+    }
+    Ok(())
+}
+
+fn deliverable(subscription: &Stored) -> Result<(), String> {
+    Destination::parse(&subscription.destination).map_err(|error| format!("its destination: {error}"))?;
+    Options::from_json(&subscription.options).map_err(|error| format!("its options: {error}"))?;
+    Ok(())
+}
+
+/// What to look at if a server cannot be reached.
+fn reach(settings: &Settings) -> String {
+    let hosts: Vec<&str> = settings.servers.iter().map(|server| server.host.as_str()).collect();
+    format!(
+        "see that a PostgreSQL primary listens at {}, and lets this role in (pg_hba.conf)",
+        hosts.join(", ")
+    )
 }

@@ -305,7 +305,7 @@ fn explain(error: &figment::Error, file: Option<&Path>) -> ConfigError {
         Kind::Message(text) => {
             let mut lines = text.lines().filter(|line| !line.trim().is_empty());
             let first = lines.next().unwrap_or_default().to_owned();
-            lines.last().map_or(first.clone(), |last| format!("{first}: {last}"))
+            lines.next_back().map_or(first.clone(), |last| format!("{first}: {last}"))
         }
         kind => kind.to_string(),
     };

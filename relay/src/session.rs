@@ -130,13 +130,10 @@ impl Session {
         }
         self.release.cancel();
         let released = tokio::time::timeout(FAREWELL, async {
-            while let Some(role) = self.roles.join_next().await {
-                match role {
-                    Ok(Ok(())) => return Ok(()),
-                    other => return Err(why(other)),
-                }
+            match self.roles.join_next().await {
+                None | Some(Ok(Ok(()))) => Ok(()),
+                Some(other) => Err(why(other)),
             }
-            Ok(())
         });
         released.await.unwrap_or(Err(SourceError::Silent { what: "releasing leases", limit: FAREWELL }))
     }

@@ -97,7 +97,7 @@ impl Flow {
         {
             self.lanes.again(std::collections::binary_heap::PeekMut::pop(top).delivery);
         }
-        self.lanes.next()
+        self.lanes.take()
     }
 
     /// An event has arrived.

@@ -43,7 +43,7 @@ impl<T> Lanes<T> {
     }
 
     /// The next event that may be sent now.
-    pub fn next(&mut self) -> Option<T> {
+    pub fn take(&mut self) -> Option<T> {
         if self.in_flight >= self.max_in_flight {
             return None;
         }
@@ -94,7 +94,7 @@ mod tests {
     }
 
     fn drain(lanes: &mut Lanes<Item>) -> Vec<u32> {
-        std::iter::from_fn(|| lanes.next().map(|(_, n)| n)).collect()
+        std::iter::from_fn(|| lanes.take().map(|(_, n)| n)).collect()
     }
 
     #[test]
@@ -154,7 +154,7 @@ mod tests {
                         pushed += 1;
                         push(&mut lanes, key.map(|key| key.to_string()).as_deref(), pushed);
                     }
-                    Act::Send => sent.extend(lanes.next()),
+                    Act::Send => sent.extend(lanes.take()),
                     Act::End(which, success) if !sent.is_empty() => {
                         let item = sent.swap_remove(which.index(sent.len()));
                         if success {
@@ -177,7 +177,7 @@ mod tests {
             }
             aside.into_iter().for_each(|item| lanes.again(item));
             loop {
-                sent.extend(lanes.next());
+                sent.extend(lanes.take());
                 let Some(item) = sent.pop() else { break };
                 lanes.finished(item.0.as_ref());
                 delivered.push(item);

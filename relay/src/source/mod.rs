@@ -7,6 +7,7 @@ pub mod due;
 pub mod error;
 pub mod head;
 pub mod hello;
+pub mod inspect;
 pub mod leases;
 pub mod link;
 pub mod mark;

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: PostgreSQL
+//! What a database says when it is asked whether all is well. Nothing is changed by asking.
+
+use super::error::SourceError;
+use super::hello::{self, Greeting};
+use super::link::Link;
+
+/// A privilege that the relay's role does not have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// `SELECT on table dtm.log_1`
+    pub privilege: String,
+    /// The statement that grants it and its like.
+    pub grant: String,
+}
+
+/// A subscription as it is stored.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    /// Its name.
+    pub name: String,
+    /// Its destination.
+    pub destination: String,
+    /// Its options.
+    pub options: serde_json::Value,
+    /// `active` or `paused`.
+    pub state: String,
+    /// Why it is paused, if that was not asked for.
+    pub reason: Option<String>,
+}
+
+const WHAT: &str = "inspecting";
+
+/// PostgreSQL's version, and whether the connection is encrypted.
+pub async fn server(link: &Link) -> Result<(String, bool), SourceError> {
+    let sql = "SELECT current_setting('server_version'), \
+               coalesce((SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()), false)";
+    let row = link.query_one(WHAT, sql, &[]).await?;
+    Ok((row.get(0), row.get(1)))
+}
+
+/// The newest version of the extension that is installed beside the server, where it differs from the database's.
+pub async fn newer_version(link: &Link) -> Result<Option<String>, SourceError> {
+    let sql = "SELECT default_version FROM pg_available_extensions \
+               WHERE name = 'pg_dtm' AND default_version IS DISTINCT FROM installed_version";
+    Ok(link.query(WHAT, sql, &[]).await?.first().map(|row| row.get(0)))
+}
+
+/// What of the privileges in the README's snippet for relays the role does not have.
+pub async fn missing_privileges(link: &Link) -> Result<Vec<Missing>, SourceError> {
+    let rows = link.query(WHAT, MISSING, &[]).await?;
+    Ok(rows.iter().map(|row| Missing { privilege: row.get(0), grant: row.get(1) }).collect())
+}
+
+const MISSING: &str = "
+    SELECT privilege, format('GRANT %s TO %I;', granted, current_user) FROM (
+        SELECT 1 AS rank, 'USAGE on schema dtm' AS privilege, 'USAGE ON SCHEMA dtm' AS granted
+        WHERE NOT has_schema_privilege('dtm', 'USAGE')
+        UNION ALL
+        SELECT 2, format('%s on %s dtm.%I', p, CASE relkind WHEN 'v' THEN 'view' ELSE 'table' END, relname),
+               'SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA dtm'
+        FROM pg_class, unnest(CASE relkind WHEN 'v' THEN ARRAY['SELECT']
+                                           ELSE ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE'] END) AS p
+        WHERE relnamespace = 'dtm'::regnamespace AND relkind IN ('r', 'p', 'v') AND NOT has_table_privilege(oid, p)
+        UNION ALL
+        SELECT 3, format('USAGE on sequence dtm.%I', relname), 'USAGE, SELECT ON ALL SEQUENCES IN SCHEMA dtm'
+        FROM pg_class
+        WHERE relnamespace = 'dtm'::regnamespace AND relkind = 'S'
+          AND NOT (has_sequence_privilege(oid, 'USAGE') AND has_sequence_privilege(oid, 'SELECT'))
+        UNION ALL
+        SELECT 4, 'EXECUTE on ' || oid::regprocedure, 'EXECUTE ON ALL ROUTINES IN SCHEMA dtm'
+        FROM pg_proc
+        WHERE pronamespace = 'dtm'::regnamespace AND NOT has_function_privilege(oid, 'EXECUTE')
+    ) AS missing
+    ORDER BY rank, privilege";
+
+/// Introduces the relay as a run does, and takes it back: a first relay leaves its environment in the database.
+pub async fn greet(link: &Link, environment: &str) -> Result<Greeting, SourceError> {
+    link.batch(WHAT, "BEGIN").await?;
+    let greeting = hello::hello(link, environment).await;
+    link.batch(WHAT, "ROLLBACK").await?;
+    greeting
+}
+
+/// All subscriptions.
+pub async fn subscriptions(link: &Link) -> Result<Vec<Stored>, SourceError> {
+    let sql = "SELECT name, destination, options, state, reason FROM dtm.subscription ORDER BY name";
+    let rows = link.query(WHAT, sql, &[]).await?;
+    let stored = |row: &tokio_postgres::Row| Stored {
+        name: row.get(0),
+        destination: row.get(1),
+        options: row.get(2),
+        state: row.get(3),
+        reason: row.get(4),
+    };
+    Ok(rows.iter().map(stored).collect())
+}
