@@ -295,7 +295,10 @@ fn explain(error: &figment::Error, file: Option<&Path>) -> ConfigError {
     let mut key = error.path.join(".");
     let why = match &error.kind {
         Kind::UnknownField(name, known) => {
-            key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+            // The path names the setting itself, where it has one.
+            if error.path.last() != Some(name) {
+                key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+            }
             format!("there is no such setting; known here: {}", known.join(", "))
         }
         Kind::MissingField(name) => {
