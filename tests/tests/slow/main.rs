@@ -1,2 +1,6 @@
 // SPDX-License-Identifier: PostgreSQL
-//! What takes long: crashes, PgBouncer, the relay's life.
+//! Tests that take long: crashes, outages, connections of all kinds, PgBouncer.
+
+mod load;
+mod relay_crash;
+mod server_crash;

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: PostgreSQL
+//! Writers that go on whatever happens, and what has to have arrived when they are done.
+//!
+//! Each event raises the version of a row that all writers share, and carries it under the row's key. What is rolled back or
+//! lost in a crash takes its version along, so that the versions of a key arrive as 1, 2, 3 … only if nothing was lost, nothing
+//! was delivered that does not exist, and the order held.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use dtm_tests::cluster::Cluster;
+use dtm_tests::ledger::Ledger;
+use dtm_tests::receiver::Received;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use tokio::task::JoinHandle;
+use tokio_postgres::{Client, NoTls, Statement};
+
+const AGGREGATES: u32 = 8;
+
+/// What a writer does.
+#[derive(Clone, Copy)]
+pub struct Habits {
+    /// One in so many commits is asynchronous: a crash may take it back.
+    pub asynchronous_one_in: u32,
+    /// A pause after each transaction.
+    pub pause: Duration,
+}
+
+/// Running writers.
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    writers: Vec<JoinHandle<Ledger>>,
+}
+
+/// Makes the table that writers work on.
+pub async fn prepare(client: &Client) {
+    let sql = format!(
+        "CREATE TABLE aggregate (name text PRIMARY KEY, version int NOT NULL); \
+         INSERT INTO aggregate SELECT 'a' || n, 0 FROM generate_series(1, {AGGREGATES}) n"
+    );
+    client.batch_execute(&sql).await.expect("aggregates");
+}
+
+impl Load {
+    /// Starts writers on a database that is prepared.
+    pub fn start(cluster: &Cluster, database: &str, writers: u64, habits: Habits) -> Load {
+        let stop = Arc::new(AtomicBool::new(false));
+        let writers = (0..writers)
+            .map(|n| {
+                let (url, stop) = (cluster.url(database), stop.clone());
+                tokio::spawn(async move { write(&url, n, habits, &stop).await })
+            })
+            .collect();
+        Load { stop, writers }
+    }
+
+    /// Ends them and answers what they have committed.
+    pub async fn stop(self) -> Ledger {
+        self.stop.store(true, Ordering::SeqCst);
+        let mut ledger = Ledger::default();
+        for writer in self.writers {
+            ledger.merge(writer.await.expect("a writer"));
+        }
+        ledger
+    }
+}
+
+/// A connection of a writer's.
+struct Session {
+    client: Client,
+    raise: Statement,
+    publish: Statement,
+}
+
+impl Session {
+    async fn open(url: &str) -> Option<Session> {
+        let (client, connection) = tokio_postgres::connect(url, NoTls).await.ok()?;
+        tokio::spawn(connection);
+        let raise = "UPDATE aggregate SET version = version + 1 WHERE name = $1 RETURNING version";
+        let publish = "SELECT dtm.publish('load.event', to_jsonb($1::int), key => $2)::text";
+        let (raise, publish) = (client.prepare(raise).await.ok()?, client.prepare(publish).await.ok()?);
+        Some(Session { client, raise, publish })
+    }
+
+    /// One transaction up to its end, which is the caller's; answers the ids that it has published.
+    async fn work(
+        &self,
+        random: &mut StdRng,
+        undone: &mut Vec<String>,
+        asynchronous: bool,
+    ) -> Result<Vec<String>, tokio_postgres::Error> {
+        self.client.batch_execute("BEGIN").await?;
+        if asynchronous {
+            self.client.batch_execute("SET LOCAL synchronous_commit = off").await?;
+        }
+        // In one order, so that writers do not deadlock.
+        let mut names: Vec<u32> =
+            (0..random.random_range(1..4)).map(|_| random.random_range(1..=AGGREGATES)).collect();
+        names.sort_unstable();
+        let mut ids = Vec::new();
+        for name in names {
+            let name = format!("a{name}");
+            if random.random_range(0..6) == 0 {
+                self.client.batch_execute("SAVEPOINT s").await?;
+                undone.push(self.event(&name).await?);
+                self.client.batch_execute("ROLLBACK TO s").await?;
+            }
+            ids.push(self.event(&name).await?);
+        }
+        Ok(ids)
+    }
+
+    async fn event(&self, name: &str) -> Result<String, tokio_postgres::Error> {
+        let version: i32 = self.client.query_one(&self.raise, &[&name]).await?.get(0);
+        Ok(self.client.query_one(&self.publish, &[&version, &name]).await?.get(0))
+    }
+}
+
+async fn write(url: &str, writer: u64, habits: Habits, stop: &AtomicBool) -> Ledger {
+    let mut random = StdRng::seed_from_u64(writer);
+    let mut ledger = Ledger::default();
+    let mut session = None;
+    while !stop.load(Ordering::SeqCst) {
+        let Some(open) = &session else {
+            session = Session::open(url).await;
+            if session.is_none() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            continue;
+        };
+        let asynchronous =
+            habits.asynchronous_one_in > 0 && random.random_range(0..habits.asynchronous_one_in) == 0;
+        let mut undone = Vec::new();
+        let worked = open.work(&mut random, &mut undone, asynchronous).await;
+        ledger.roll_back(undone);
+        let Ok(ids) = worked else {
+            // What was under way ends with the connection.
+            session = None;
+            continue;
+        };
+        if random.random_range(0..5) == 0 {
+            ledger.roll_back(ids);
+            if open.client.batch_execute("ROLLBACK").await.is_err() {
+                session = None;
+            }
+        } else {
+            let committed = open.client.batch_execute("COMMIT").await.is_ok();
+            if committed && !asynchronous {
+                ledger.commit("", ids);
+            } else {
+                ledger.unknown.push(ids);
+            }
+            if !committed {
+                session = None;
+            }
+        }
+        if !habits.pause.is_zero() {
+            tokio::time::sleep(habits.pause).await;
+        }
+    }
+    ledger
+}
+
+/// The ids of all events that the log has.
+async fn stored(client: &Client) -> HashSet<String> {
+    let rows = client.query("SELECT id::text FROM dtm.events", &[]).await.expect("dtm.events");
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+/// Panics unless what was accepted is exactly what the database has, and each key's versions came first as 1, 2, 3 …
+/// Answers how many events there were and how many came again.
+pub async fn assert_all_arrived(client: &Client, ledger: &Ledger, received: &[Received]) -> (usize, usize) {
+    let verdict = ledger.assert_kept(received);
+    let stored = stored(client).await;
+    let lost_after_commit: Vec<&String> =
+        ledger.committed.values().flatten().filter(|id| !stored.contains(*id)).collect();
+    assert!(lost_after_commit.is_empty(), "PostgreSQL lost commits: {lost_after_commit:?}");
+    let mut seen = HashSet::new();
+    let mut versions: BTreeMap<&str, Vec<i32>> = BTreeMap::new();
+    for request in received.iter().filter(|request| request.accepted) {
+        assert!(stored.contains(request.id()), "delivered and not in the log: {}", request.id());
+        if seen.insert(request.id()) {
+            let version = str::from_utf8(&request.body).ok().and_then(|text| text.parse().ok());
+            versions.entry(request.header("ce-partitionkey")).or_default().push(version.expect("a version"));
+        }
+    }
+    assert_eq!(seen.len(), stored.len(), "not everything in the log arrived");
+    for row in client.query("SELECT name, version FROM aggregate", &[]).await.expect("aggregate") {
+        let (name, last): (String, i32) = (row.get(0), row.get(1));
+        let expected: Vec<i32> = (1..=last).collect();
+        assert_eq!(versions.remove(name.as_str()).unwrap_or_default(), expected, "versions of {name}");
+    }
+    assert!(versions.is_empty(), "unknown keys");
+    (seen.len(), verdict.duplicates)
+}
+
+/// How many of the log's events have not been accepted yet.
+pub async fn missing(client: &Client, received: &[Received]) -> usize {
+    let mut stored = stored(client).await;
+    received.iter().filter(|request| request.accepted).for_each(|request| {
+        stored.remove(request.id());
+    });
+    stored.len()
+}
+
+/// How often each event was accepted.
+pub fn arrivals(received: &[Received]) -> HashMap<&str, usize> {
+    let mut arrivals = HashMap::new();
+    for request in received.iter().filter(|request| request.accepted) {
+        *arrivals.entry(request.id()).or_default() += 1;
+    }
+    arrivals
+}

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: PostgreSQL
+//! PostgreSQL is killed again and again, with transactions of all kinds under way, and the relay survives.
+
+use std::time::Duration;
+
+use dtm_tests::cluster::Cluster;
+use dtm_tests::process;
+use dtm_tests::receiver::Receiver;
+use dtm_tests::relay::Relay;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use crate::load::{self, Habits, Load};
+
+const KILLS: usize = 6;
+const DEADLINE: Duration = Duration::from_secs(60);
+
+async fn survives(preload: bool, habits: Habits, seed: u64) {
+    let mut builder = Cluster::builder()
+        // Nobody but those who need it writes the WAL out: what is asynchronous is really lost in a crash.
+        .config("wal_writer_delay", "10s")
+        .config("checkpoint_timeout", "30s");
+    if preload {
+        builder = builder.preload();
+    }
+    let mut cluster = builder.start().await;
+    cluster.create_database("shop").await;
+    let receiver = Receiver::start().await;
+    {
+        let client = cluster.connect("shop").await;
+        load::prepare(&client).await;
+        let subscribe = "SELECT dtm.subscribe('load', '>', $1, '{\"timeout\": 2, \"retry_base\": \"50ms\"}')";
+        client.execute(subscribe, &[&receiver.url()]).await.expect("subscribe");
+    }
+    let mut relay = Relay::start(&cluster.url("shop"));
+    let load = Load::start(&cluster, "shop", 6, habits);
+    let mut random = StdRng::seed_from_u64(seed);
+    for kill in 0..KILLS {
+        let more = receiver.count() + random.random_range(20..600);
+        receiver.wait_until(&format!("kill {kill}"), DEADLINE, |received| received.len() >= more).await;
+        cluster.kill9().await;
+        cluster.start().await;
+    }
+    let more = receiver.count() + 50;
+    receiver.wait_until("after the last kill", DEADLINE, |received| received.len() >= more).await;
+    let ledger = load.stop().await;
+    let client = cluster.connect("shop").await;
+    let complete = process::eventually(DEADLINE, || async {
+        (load::missing(&client, &receiver.received()).await == 0).then_some(())
+    });
+    assert!(complete.await.is_some(), "{} are missing", load::missing(&client, &receiver.received()).await);
+    assert!(relay.terminate().await.success());
+    let (events, duplicates) = load::assert_all_arrived(&client, &ledger, &receiver.received()).await;
+    let unknown = ledger.unknown.iter().flatten().count();
+    println!(
+        "{events} events, {} rolled back, {unknown} asynchronous or in doubt, {KILLS} kills, {duplicates} duplicates",
+        ledger.rolled_back.len()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_server_with_rolled_back_and_asynchronous_publishes_loses_nothing_and_invents_nothing() {
+    survives(true, Habits { asynchronous_one_in: 2, pause: Duration::from_millis(2) }, 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_server_where_every_commit_is_asynchronous_delivers_nothing_that_it_lost() {
+    survives(false, Habits { asynchronous_one_in: 1, pause: Duration::from_millis(5) }, 2).await;
+}
