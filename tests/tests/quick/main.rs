@@ -2,5 +2,6 @@
 //! What runs on every PostgreSQL version: the SQL surface, the log's properties, one way from end to end.
 
 mod concurrent;
+mod delivery;
 mod schedule;
 mod windows;

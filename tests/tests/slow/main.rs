@@ -2,5 +2,6 @@
 //! Tests that take long: crashes, outages, connections of all kinds, PgBouncer.
 
 mod load;
+mod outages;
 mod relay_crash;
 mod server_crash;
