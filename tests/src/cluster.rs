@@ -74,11 +74,11 @@ impl Builder {
             port: 0,
             _folder: temporary,
         };
+        for folder in [&root, &cluster.sockets] {
+            std::fs::create_dir_all(folder).expect("a folder");
+            process::give_to_server(folder);
+        }
         if !cluster.data.join("PG_VERSION").exists() {
-            for folder in [&root, &cluster.sockets] {
-                std::fs::create_dir_all(folder).expect("a folder");
-                process::give_to_server(folder);
-            }
             let initdb = bin_dir().join("initdb");
             let flags = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync", "-D"];
             process::run(server_command(initdb).args(flags).arg(&cluster.data));
@@ -166,6 +166,11 @@ impl Cluster {
     /// A URL over TCP for a user.
     pub fn url_as(&self, user: &str, database: &str) -> String {
         format!("postgres://{user}@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// The data directory.
+    pub fn data(&self) -> &Path {
+        &self.data
     }
 
     /// The TCP port.

@@ -18,6 +18,13 @@ pub fn program() -> PathBuf {
     std::env::var_os("DTM_RELAY").map(PathBuf::from).expect("DTM_RELAY is not set: run this by cargo xtask")
 }
 
+/// Runs a command of the relay that ends by itself. Answers whether it succeeded, and all that it printed.
+pub fn run(arguments: &[&str]) -> (bool, String) {
+    let output = Command::new(program()).args(arguments).output().expect("dtm-relay");
+    let printed = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8_lossy(&printed).into_owned())
+}
+
 /// A relay process. Dropping it kills it.
 pub struct Relay {
     child: Option<Child>,

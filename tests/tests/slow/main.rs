@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Tests that take long: crashes, outages, connections of all kinds, PgBouncer.
 
+mod commands;
+mod connections;
 mod load;
 mod outages;
 mod relay_crash;

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: PostgreSQL
+//! `dtm-relay check` and `dtm-relay adopt`: what they find wrong, and that what they say mends it.
+
+use std::time::Duration;
+
+use dtm_tests::cluster::Cluster;
+use dtm_tests::receiver::Receiver;
+use dtm_tests::relay::{self, Relay};
+
+fn check(url: &str) -> (bool, String) {
+    relay::run(&["check", "--database-url", url])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_names_missing_privileges_and_its_grants_are_all_that_was_missing() {
+    let cluster = Cluster::builder().start().await;
+    cluster.create_database("shop").await;
+    let client = cluster.connect("shop").await;
+    client.batch_execute("CREATE ROLE dtm_relay LOGIN").await.expect("a role");
+    let url = cluster.url_as("dtm_relay", "shop");
+    let mut granted = 0;
+    loop {
+        let (fine, said) = check(&url);
+        if fine {
+            break;
+        }
+        let grants: Vec<&str> = said
+            .match_indices("GRANT ")
+            .filter_map(|(at, _)| said[at..].split_inclusive(';').next())
+            .collect();
+        assert!(!grants.is_empty() && granted < 20, "no way to mend it: {said}");
+        granted += grants.len();
+        client.batch_execute(&grants.concat()).await.expect("the grants that it names");
+    }
+    assert!(granted > 0);
+    let receiver = Receiver::start().await;
+    client.execute("SELECT dtm.subscribe('s', 't', $1)", &[&receiver.url()]).await.expect("subscribe");
+    let mut relay = Relay::start(&url);
+    client.execute("SELECT dtm.publish('t', '1')", &[]).await.expect("publish");
+    receiver.wait_for(1).await;
+    assert!(relay.terminate().await.success());
+    assert!(!relay.log().contains("42501"), "{}", relay.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_says_what_is_wrong_and_fails() {
+    let cluster = Cluster::builder().start().await;
+    cluster.create_database("shop").await;
+    cluster.connect("postgres").await.batch_execute("CREATE DATABASE empty").await.expect("a database");
+    let shop = cluster.url("shop");
+    for (arguments, part) in [
+        (vec!["check"], "no database to deliver from"),
+        (vec!["check", "--database-url", "postgres://u@h/d?sslmode=no"], "sslmode=no"),
+        (vec!["check", "--database-url", &shop, "--config", "/nowhere.toml"], "/nowhere.toml"),
+        (vec!["check", "--database-url", &cluster.url("nowhere")], "\"nowhere\" does not exist"),
+        (vec!["check", "--database-url", &cluster.url("empty")], "CREATE EXTENSION pg_dtm"),
+        (vec!["check", "--database-url", "postgres://postgres@127.0.0.1:1/shop"], "refused"),
+    ] {
+        let (fine, said) = relay::run(&arguments);
+        assert!(!fine && said.contains(part), "{arguments:?}: {part:?} in {said}");
+    }
+    let (fine, said) = check(&shop);
+    assert!(fine && said.contains("nothing is wrong") && said.contains("no subscriptions"), "{said}");
+    // A check leaves nothing behind: no environment either.
+    assert!(relay::run(&["check", "--database-url", &shop, "--environment", "another"]).0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_a_database_delivers_nothing_until_it_is_adopted() {
+    let cluster = Cluster::builder().start().await;
+    cluster.create_database("shop").await;
+    let client = cluster.connect("shop").await;
+    let receiver = Receiver::start().await;
+    let subscribe = "SELECT dtm.subscribe('waits', 't', $1), \
+                     dtm.subscribe('goes_on', 't', $1, '{\"on_restore\": \"continue\"}')";
+    client.execute(subscribe, &[&receiver.url()]).await.expect("subscribe");
+    // Published in the original and not delivered yet: it is the original's to deliver.
+    client.execute("SELECT dtm.publish('t', '1')", &[]).await.expect("publish");
+    drop(client);
+    let admin = cluster.connect("postgres").await;
+    let ended = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'shop'";
+    let alone = dtm_tests::process::eventually(Duration::from_secs(10), || async {
+        let sessions: i64 = admin.query_one(ended, &[]).await.expect("sessions").get(0);
+        (sessions == 0).then_some(())
+    });
+    alone.await.expect("sessions end");
+    admin.batch_execute("CREATE DATABASE copy TEMPLATE shop").await.expect("a copy");
+
+    let url = cluster.url("copy");
+    let (fine, said) = check(&url);
+    assert!(!fine && said.contains("copy of another") && said.contains("dtm-relay adopt"), "{said}");
+    let mut relay = Relay::start(&url);
+    relay.wait_for_log("not delivering").await;
+    assert!(relay.terminate().await.success());
+    assert_eq!(receiver.count(), 0);
+
+    let (fine, said) = relay::run(&["adopt", "--database-url", &url, "--environment", "staging"]);
+    assert!(fine && said.contains("paused: waits"), "{said}");
+    let (fine, said) = check(&url);
+    assert!(!fine && said.contains("environment"), "it belongs to another environment now: {said}");
+    let mut relay = Relay::start_with(&["--database-url", &url, "--environment", "staging"]);
+    let copy = cluster.connect("copy").await;
+    copy.execute("SELECT dtm.publish('t', '2')", &[]).await.expect("publish");
+    receiver
+        .wait_until("what the copy has published", Duration::from_secs(30), |received| {
+            received.iter().any(|request| &request.body[..] == b"2")
+        })
+        .await;
+    copy.execute("SELECT dtm.resume('waits')", &[]).await.expect("resume");
+    receiver
+        .wait_until("the other too", Duration::from_secs(30), |received| {
+            received.iter().filter(|request| &request.body[..] == b"2").count() == 2
+        })
+        .await;
+    assert!(relay.terminate().await.success());
+}
