@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: PostgreSQL
+//! From the reply to COMMIT until the event arrives, at a fixed rate.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use super::load::{self, DATABASE, Paced, Way};
+use super::report::{Goal, Row};
+use super::statistics::Sample;
+use crate::cluster::Cluster;
+use crate::receiver::Receiver;
+use crate::relay::Relay;
+
+const BUSY_RATE: f64 = 1_000.0;
+const BUSY_RUN: Duration = Duration::from_secs(5);
+const CLIENTS: usize = 16;
+const QUIET_RATE: f64 = 1.0;
+const DRAIN: Duration = Duration::from_secs(30);
+
+/// A server with a relay and an endpoint.
+struct Site {
+    name: &'static str,
+    cluster: Cluster,
+    receiver: Receiver,
+    relay: Relay,
+}
+
+/// What was measured in one run, in milliseconds.
+struct Measured {
+    /// From the reply to COMMIT to the arrival; below zero where the event was faster.
+    delivery: Sample,
+    /// From sending the statement to the reply.
+    commit: Sample,
+}
+
+impl Site {
+    async fn open(name: &'static str, preload: bool) -> Site {
+        let builder = Cluster::builder().config("shared_buffers", "512MB").config("max_wal_size", "4GB");
+        let cluster = if preload { builder.preload() } else { builder }.start().await;
+        load::prepare(&cluster).await;
+        let receiver = Receiver::start().await;
+        let subscribe = "SELECT dtm.subscribe('bench', '>', $1)";
+        let client = cluster.connect(DATABASE).await;
+        client.execute(subscribe, &[&receiver.url()]).await.expect("subscribe");
+        let relay = Relay::start(&cluster.url(DATABASE));
+        relay.wait_for_log("delivering").await;
+        Site { name, cluster, receiver, relay }
+    }
+
+    async fn measure(&self, clients: usize, rate: f64, lasting: Duration) -> Measured {
+        let before = self.receiver.count();
+        let calls = load::paced(&self.cluster, Way::Publish, clients, rate, lasting).await;
+        let expected = before + calls.len();
+        let all = |received: &[crate::receiver::Received]| received.len() >= expected;
+        self.receiver.wait_until("all of them", DRAIN, all).await;
+        let received = self.receiver.received();
+        let arrivals: HashMap<Uuid, Instant> = received[before..]
+            .iter()
+            .map(|request| (request.id().parse().expect("an id"), request.at))
+            .collect();
+        assert_eq!((arrivals.len(), received.len()), (calls.len(), expected), "not each of them once");
+        let delivery = |call: &Paced| {
+            let arrival = arrivals[&call.id.expect("an id")];
+            match arrival.checked_duration_since(call.committed) {
+                Some(after) => after.as_secs_f64() * 1e3,
+                None => -(call.committed - arrival).as_secs_f64() * 1e3,
+            }
+        };
+        Measured {
+            delivery: Sample::new(calls.iter().map(delivery).collect()),
+            commit: Sample::new(calls.iter().map(|c| (c.committed - c.begun).as_secs_f64() * 1e3).collect()),
+        }
+    }
+}
+
+/// Runs the benchmark. At one event a second p99 is the slowest of those that there were.
+pub async fn run(pairs: usize) -> Vec<Row> {
+    let sites = [Site::open("preloaded", true).await, Site::open("polling", false).await];
+    let mut busy: [Vec<Measured>; 2] = [Vec::new(), Vec::new()];
+    for pair in 0..pairs {
+        for at in if pair.is_multiple_of(2) { [0, 1] } else { [1, 0] } {
+            let found = sites[at].measure(CLIENTS, BUSY_RATE, BUSY_RUN).await;
+            let (p50, p99) = (found.delivery.percentile(0.5), found.delivery.percentile(0.99));
+            eprintln!("{}, {BUSY_RATE}/s: p50 {p50:.2} ms, p99 {p99:.2} ms", sites[at].name);
+            busy[at].push(found);
+        }
+    }
+    let quiet_run = Duration::from_secs(6 * pairs as u64);
+    let (first, second) =
+        tokio::join!(sites[0].measure(1, QUIET_RATE, quiet_run), sites[1].measure(1, QUIET_RATE, quiet_run));
+    let mut rows = Vec::new();
+    for (site, found) in std::iter::zip(&sites, &busy) {
+        rows.extend(self::rows(&format!("{}, {BUSY_RATE}/s", site.name), found, true));
+    }
+    for (site, found) in std::iter::zip(&sites, [first, second]) {
+        rows.extend(self::rows(&format!("{}, {QUIET_RATE}/s", site.name), &[found], false));
+    }
+    for mut site in sites {
+        assert!(site.relay.terminate().await.success());
+    }
+    rows
+}
+
+fn rows(name: &str, runs: &[Measured], goals: bool) -> Vec<Row> {
+    let row = |what: &str, of: &dyn Fn(&Measured) -> f64, goal: Option<Goal>| {
+        let values = Sample::new(runs.iter().map(of).collect());
+        Row::of_values(format!("{name}: {what}"), "ms", &values, goal.filter(|_| goals))
+    };
+    vec![
+        row("p50", &|run| run.delivery.percentile(0.5), Some(Goal::AtMost(2.0))),
+        row("p99", &|run| run.delivery.percentile(0.99), Some(Goal::AtMost(10.0))),
+        row("  the commit itself, p50", &|run| run.commit.percentile(0.5), None),
+        row("  the commit itself, p99", &|run| run.commit.percentile(0.99), None),
+    ]
+}

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: PostgreSQL
+//! `cargo xtask bench NAME`: measures against a baseline of the same run, checks every id, and prints a table.
+
+use clap::{Parser, ValueEnum};
+use dtm_tests::bench::{latency, pinned, publish, report};
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Bench {
+    /// Publishing against a prepared INSERT into a plain outbox table
+    Publish,
+    /// From COMMIT to the arrival at the endpoint
+    Latency,
+    /// With a transaction that holds back vacuum, against without
+    Pinned,
+}
+
+/// Benchmarks of pg_dtm.
+#[derive(Parser)]
+struct Arguments {
+    /// Which one
+    #[arg(value_enum)]
+    name: Bench,
+    /// Print the result as JSON too, as the last line
+    #[arg(long)]
+    json: bool,
+    /// How many times each measurement and its baseline are taken, in turn
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=100))]
+    pairs: u16,
+}
+
+#[tokio::main]
+async fn main() {
+    let arguments = Arguments::parse();
+    let pairs = usize::from(arguments.pairs);
+    let (name, rows) = match arguments.name {
+        Bench::Publish => ("publish", publish::run(pairs).await),
+        Bench::Latency => ("latency", latency::run(pairs).await),
+        Bench::Pinned => ("pinned", pinned::run(pairs).await),
+    };
+    report::print(name, &rows, arguments.json);
+}
