@@ -15,6 +15,7 @@ use crate::relay::Relay;
 
 const BUSY_RATE: f64 = 1_000.0;
 const BUSY_RUN: Duration = Duration::from_secs(5);
+const WARM_UP: Duration = Duration::from_secs(1);
 const CLIENTS: usize = 16;
 const QUIET_RATE: f64 = 1.0;
 const DRAIN: Duration = Duration::from_secs(30);
@@ -51,8 +52,8 @@ impl Site {
 
     async fn measure(&self, clients: usize, rate: f64, lasting: Duration) -> Measured {
         let before = self.receiver.count();
-        let calls = load::paced(&self.cluster, Way::Publish, clients, rate, lasting).await;
-        let expected = before + calls.len();
+        let run = load::paced(&self.cluster, Way::Publish, clients, rate, WARM_UP, lasting).await;
+        let expected = before + run.calls.len();
         let all = |received: &[crate::receiver::Received]| received.len() >= expected;
         self.receiver.wait_until("all of them", DRAIN, all).await;
         let received = self.receiver.received();
@@ -60,7 +61,7 @@ impl Site {
             .iter()
             .map(|request| (request.id().parse().expect("an id"), request.at))
             .collect();
-        assert_eq!((arrivals.len(), received.len()), (calls.len(), expected), "not each of them once");
+        assert_eq!((arrivals.len(), received.len()), (run.calls.len(), expected), "not each of them once");
         let delivery = |call: &Paced| {
             let arrival = arrivals[&call.id.expect("an id")];
             match arrival.checked_duration_since(call.committed) {
@@ -69,8 +70,8 @@ impl Site {
             }
         };
         Measured {
-            delivery: Sample::new(calls.iter().map(delivery).collect()),
-            commit: Sample::new(calls.iter().map(|c| (c.committed - c.begun).as_secs_f64() * 1e3).collect()),
+            delivery: Sample::new(run.counted().map(delivery).collect()),
+            commit: Sample::new(run.counted().map(|c| (c.committed - c.begun).as_secs_f64() * 1e3).collect()),
         }
     }
 }

@@ -179,9 +179,34 @@ pub struct Paced {
     pub committed: Instant,
 }
 
-/// Single events at a fixed rate, whether the ones before are done or not (as long as a client is free).
-pub async fn paced(cluster: &Cluster, way: Way, clients: usize, rate: f64, lasting: Duration) -> Vec<Paced> {
+/// A run at a fixed rate.
+pub struct PacedRun {
+    /// All calls.
+    pub calls: Vec<Paced>,
+    counts_from: Instant,
+    /// Sessions that end take processor time: they stay until everything has arrived.
+    _publishers: Vec<Publisher>,
+}
+
+impl PacedRun {
+    /// The calls that count: those after the warm-up.
+    pub fn counted(&self) -> impl Iterator<Item = &Paced> {
+        self.calls.iter().filter(|call| call.planned >= self.counts_from)
+    }
+}
+
+/// Single events at a fixed rate, whether the ones before are done or not (as long as a client is free). What comes in the
+/// first part, `warm_up`, does not count.
+pub async fn paced(
+    cluster: &Cluster,
+    way: Way,
+    clients: usize,
+    rate: f64,
+    warm_up: Duration,
+    lasting: Duration,
+) -> PacedRun {
     let publishers = join_all((0..clients).map(|_| Publisher::connect(cluster, way, 1))).await;
+    let lasting = warm_up + lasting;
     let total = (rate * lasting.as_secs_f64()).round() as usize;
     let (ticks, planned) = mpsc::unbounded_channel();
     let planned = std::sync::Arc::new(tokio::sync::Mutex::new(planned));
@@ -193,7 +218,7 @@ pub async fn paced(cluster: &Cluster, way: Way, clients: usize, rate: f64, lasti
                 let mut calls = Vec::new();
                 loop {
                     let next = planned.lock().await.recv().await;
-                    let Some(planned) = next else { return calls };
+                    let Some(planned) = next else { return (publisher, calls) };
                     let begun = Instant::now();
                     let id = publisher.call().await.pop();
                     calls.push(Paced { id, planned, begun, committed: Instant::now() });
@@ -202,8 +227,8 @@ pub async fn paced(cluster: &Cluster, way: Way, clients: usize, rate: f64, lasti
         })
         .collect();
     // A thread of its own keeps time better than the runtime's timer, which counts in milliseconds.
+    let begin = Instant::now();
     let clock = std::thread::spawn(move || {
-        let begin = Instant::now();
         for n in 0..total {
             let at = begin + Duration::from_secs_f64(n as f64 / rate);
             std::thread::sleep(at.saturating_duration_since(Instant::now()));
@@ -212,13 +237,15 @@ pub async fn paced(cluster: &Cluster, way: Way, clients: usize, rate: f64, lasti
             }
         }
     });
-    let mut calls = Vec::with_capacity(total);
+    let mut run = PacedRun { calls: Vec::new(), counts_from: begin + warm_up, _publishers: Vec::new() };
     for worker in join_all(workers).await {
-        calls.extend(worker.expect("a client"));
+        let (publisher, calls) = worker.expect("a client");
+        run.calls.extend(calls);
+        run._publishers.push(publisher);
     }
     clock.join().expect("the clock");
-    assert_eq!(calls.len(), total);
-    calls
+    assert_eq!(run.calls.len(), total);
+    run
 }
 
 /// Panics unless the log has each of these ids once, and nothing else since it had `before` events. Answers how many it has now.

@@ -17,6 +17,7 @@ use crate::relay::Relay;
 
 const RUN: Duration = Duration::from_secs(2);
 const PACED_RUN: Duration = Duration::from_secs(3);
+const WARM_UP: Duration = Duration::from_millis(500);
 const DRAIN: Duration = Duration::from_secs(120);
 
 const SHAPES: [(&str, Shape); 4] = [
@@ -48,16 +49,16 @@ impl Books {
     }
 
     async fn paced(&mut self, cluster: &Cluster, way: Way, clients: usize, rate: f64) -> (Sample, Vec<Uuid>) {
-        let calls = load::paced(cluster, way, clients, rate, PACED_RUN).await;
-        let ids: Vec<Uuid> = calls.iter().filter_map(|call| call.id).collect();
+        let run = load::paced(cluster, way, clients, rate, WARM_UP, PACED_RUN).await;
+        let ids: Vec<Uuid> = run.calls.iter().filter_map(|call| call.id).collect();
         match way {
             Way::Publish => self.published = load::verify_published(&self.client, &ids, self.published).await,
             Way::Insert => {
-                self.inserted = load::verify_inserted(&self.client, calls.len(), self.inserted).await
+                self.inserted = load::verify_inserted(&self.client, run.calls.len(), self.inserted).await
             }
         }
         let milliseconds = |call: &load::Paced| (call.committed - call.planned).as_secs_f64() * 1e3;
-        (Sample::new(calls.iter().map(milliseconds).collect()), ids)
+        (Sample::new(run.counted().map(milliseconds).collect()), ids)
     }
 }
 
