@@ -26,13 +26,17 @@ fn check_subscription(
     Ok(())
 }
 
-fn check_name(name: Option<&str>) -> Result<(), Refusal> {
+fn shown(argument: Option<&str>) -> String {
+    argument.map_or_else(|| "null".to_owned(), quoted)
+}
+
+fn check_name(given: Option<&str>) -> Result<(), Refusal> {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
-    let name = name.unwrap_or_default();
+    let name = given.unwrap_or_default();
     if !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.bytes().all(allowed) {
         return Ok(());
     }
-    let detail = format!("The name is {}.", quoted(name));
+    let detail = format!("The name is {}.", shown(given));
     let hint = "A name has 1 to 128 letters, digits, \"_\", \"-\" and \".\".";
     Err(Refusal::argument("malformed name of a subscription", detail, hint))
 }
@@ -48,7 +52,7 @@ fn check_topics(topics: Option<Vec<Option<String>>>) -> Result<(), Refusal> {
     for topic in topics {
         let pattern = topic.as_deref().unwrap_or_default();
         Pattern::parse(pattern).map_err(|error| {
-            let detail = format!("The pattern is {}: {error}.", quoted(pattern));
+            let detail = format!("The pattern is {}: {error}.", shown(topic.as_deref()));
             Refusal::argument("malformed topic pattern", detail, HINT)
         })?;
     }
@@ -59,8 +63,11 @@ fn check_destination(destination: Option<&str>) -> Result<(), Refusal> {
     let text = destination.unwrap_or_default();
     let Err(error) = Destination::parse(text) else { return Ok(()) };
     // A destination with credentials is not repeated: error messages are logged.
-    let shown =
-        if error == DestinationError::Credentials { String::new() } else { format!(" {}", quoted(text)) };
+    let shown = if error == DestinationError::Credentials {
+        String::new()
+    } else {
+        format!(" {}", shown(destination))
+    };
     let detail = format!("The destination{shown}: {error}.");
     match error {
         DestinationError::Scheme(_) => {

@@ -3,5 +3,7 @@
 
 mod concurrent;
 mod delivery;
+mod publish;
+mod refusals;
 mod schedule;
 mod windows;
