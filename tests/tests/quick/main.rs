@@ -3,7 +3,12 @@
 
 mod concurrent;
 mod delivery;
+mod positions;
+mod privileges;
 mod publish;
+mod reading;
+mod receive;
 mod refusals;
 mod schedule;
+mod subscriptions;
 mod windows;
