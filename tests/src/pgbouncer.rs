@@ -7,7 +7,7 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use tempfile::TempDir;
-use tokio_postgres::NoTls;
+use tokio_postgres::{Client, NoTls};
 
 use crate::cluster::Cluster;
 use crate::process::{self, server_command};
@@ -53,6 +53,14 @@ impl Pgbouncer {
             "PgBouncer did not start"
         );
         bouncer
+    }
+
+    /// A session through it, as superuser.
+    pub async fn connect(&self, database: &str) -> Client {
+        let connected = tokio_postgres::connect(&self.url(database), NoTls).await;
+        let (client, connection) = connected.expect("a connection through PgBouncer");
+        tokio::spawn(connection);
+        client
     }
 
     /// A URL through it.

@@ -2,6 +2,7 @@
 //! What runs on every PostgreSQL version: the SQL surface, the log's properties, one way from end to end.
 
 mod concurrent;
+mod copies;
 mod delivery;
 mod positions;
 mod privileges;

@@ -5,5 +5,6 @@ mod commands;
 mod connections;
 mod load;
 mod outages;
+mod pgbouncer;
 mod relay_crash;
 mod server_crash;
