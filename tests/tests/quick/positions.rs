@@ -109,13 +109,16 @@ async fn a_relay_that_waits_holds_no_snapshot_and_leaves_its_place_when_it_is_ki
     let head: String = client.query_one("SELECT dtm.relay_poll(NULL)", &[]).await.expect("head").get(0);
     // More than there are places, a few at a time.
     for _ in 0..4 {
-        let waiting = join_all((0..20).map(|_| async {
-            let (waiter, head) = (cluster.connect("shop").await, head.clone());
-            tokio::spawn(
-                async move { waiter.execute("CALL dtm.relay_wait($1, 10000)", &[&head]).await.is_ok() },
-            )
-        }))
-        .await;
+        let sessions = join_all((0..20).map(|_| cluster.connect("shop"))).await;
+        let waiting: Vec<_> = sessions
+            .into_iter()
+            .map(|waiter| {
+                let head = head.clone();
+                tokio::spawn(async move {
+                    waiter.execute("CALL dtm.relay_wait($1, 10000)", &[&head]).await.is_ok()
+                })
+            })
+            .collect();
         let all_wait = eventually(DEADLINE, || async {
             let sql = "SELECT count(*), count(backend_xmin), count(backend_xid) FROM pg_stat_activity \
                        WHERE query LIKE 'CALL dtm.relay_wait%' AND wait_event_type IS NOT NULL AND state = 'active'";
