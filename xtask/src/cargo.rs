@@ -15,10 +15,13 @@ pub fn command(workspace: &Workspace) -> Command {
     command
 }
 
-/// Compiles the relay and the kit's programs as users run them, optimised.
-pub fn build_programs(workspace: &Workspace) -> Result<Programs> {
+/// Compiles the relay and programs of the kit as users run them, optimised.
+pub fn build_programs(workspace: &Workspace, programs: &[&str]) -> Result<Programs> {
     let mut build = command(workspace);
-    build.args(["build", "--release", "-p", "dtm-relay", "-p", "dtm-tests", "--bins"]);
+    build.args(["build", "--release", "-p", "dtm-relay", "-p", "dtm-tests", "--bin", "dtm-relay"]);
+    for program in programs {
+        build.args(["--bin", program]);
+    }
     job::must(workspace, "build-programs", &mut build, true)?;
     Ok(Programs { dir: workspace.target.join("release") })
 }

@@ -47,11 +47,20 @@ fn compile(workspace: &Workspace, headers: &PgConfig) -> Result<PathBuf> {
     let target = workspace.target.join(format!("pg{major}"));
     let mut build = cargo::command(workspace);
     build
-        .args(["build", "--release", "-p", "pg_dtm", "--features", &format!("pg{major}"), "--target-dir"])
+        .args([
+            "build",
+            "--profile",
+            "extension",
+            "-p",
+            "pg_dtm",
+            "--features",
+            &format!("pg{major}"),
+            "--target-dir",
+        ])
         .arg(&target)
         .env("PGRX_PG_CONFIG_PATH", &headers.program);
     job::must(workspace, &format!("build-pg{major}"), &mut build, true)?;
-    Ok(target.join("release/libpg_dtm.so"))
+    Ok(target.join("extension/libpg_dtm.so"))
 }
 
 /// The SQL files of an installation, by name: the newest version in one piece, the steps up to it, and the older versions.

@@ -19,7 +19,7 @@ pub fn binary(workspace: &Workspace, name: &str, args: Vec<String>) -> Result<Ex
     let server = server::prepare(workspace, DEBIAN_MAJOR)?;
     extension::install(workspace, &server)?;
     say("compiling the relay");
-    let programs = cargo::build_programs(workspace)?;
+    let programs = cargo::build_programs(workspace, &[name, "receiver"])?;
     say(&format!("starting: {name}"));
     let mut command = Command::new(programs.path(name));
     command.args(args);

@@ -72,7 +72,7 @@ impl Report<'_> {
 
     fn servers(&mut self, all: bool, filter: Option<&str>) -> Result<()> {
         say("compiling the relay and the tests");
-        let programs = cargo::build_programs(self.workspace)?;
+        let programs = cargo::build_programs(self.workspace, &[])?;
         let suites = Suites::build(self.workspace)?;
         for major in MAJORS {
             let server = server::prepare(self.workspace, major)?;

@@ -48,7 +48,7 @@ fn relay_page(
     if max_rows < 1 || max_bytes < 1 {
         return Err(malformed("max_rows and max_bytes must be positive.".into()));
     }
-    let since = since.map(|since| pg_sys::TimestampTz::from(since));
+    let since = since.map(pg_sys::TimestampTz::from);
     let wanted = Wanted { era: from.era, window, patterns, since };
     Ok(read(&wanted, after, max_rows as usize, max_bytes as usize))
 }
