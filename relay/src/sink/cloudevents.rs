@@ -31,7 +31,8 @@ pub fn headers(event: &Event, source: &HeaderValue) -> Result<HeaderMap, Unsenda
     headers.insert(TYPE, attribute("the topic", &event.topic)?);
     headers.insert(SPECVERSION, HeaderValue::from_static("1.0"));
     headers.insert(TIME, attribute("the time", &time(event.published_at_us))?);
-    if let Some(key) = &event.key {
+    // An empty key keeps its events' order like any other, but the attribute must not be empty (partitioning extension).
+    if let Some(key) = event.key.as_ref().filter(|key| !key.is_empty()) {
         headers.insert(PARTITIONKEY, attribute("the key", key)?);
     }
     if event.payload.is_some() {
@@ -137,6 +138,12 @@ mod tests {
                 ("content-type", "application/json"),
             ])
         );
+    }
+
+    #[test]
+    fn an_empty_key_is_no_attribute() {
+        let found = texts(&Event { key: Some("".into()), ..event() });
+        assert!(found.iter().all(|(name, _)| name != "ce-partitionkey"));
     }
 
     #[test]

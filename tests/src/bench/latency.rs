@@ -38,9 +38,7 @@ struct Measured {
 
 impl Site {
     async fn open(name: &'static str, preload: bool) -> Site {
-        let builder = Cluster::builder().config("shared_buffers", "512MB").config("max_wal_size", "4GB");
-        let cluster = if preload { builder.preload() } else { builder }.start().await;
-        load::prepare(&cluster).await;
+        let cluster = load::cluster(preload).await;
         let receiver = Receiver::start().await;
         let subscribe = "SELECT dtm.subscribe('bench', '>', $1)";
         let client = cluster.connect(DATABASE).await;

@@ -38,8 +38,15 @@ pub struct Shape {
     pub rows: usize,
 }
 
-/// Makes the database, the extension, and the table that a team without it would have.
-pub async fn prepare(cluster: &Cluster) {
+/// A cluster that waits for the disk at every commit, with room enough that no checkpoint gets between; in it a database with
+/// the extension, and the table that a team without it would have.
+pub async fn cluster(preload: bool) -> Cluster {
+    let builder = Cluster::builder()
+        .config("synchronous_commit", "on")
+        .config("shared_buffers", "1GB")
+        .config("max_wal_size", "8GB")
+        .config("checkpoint_timeout", "30min");
+    let cluster = if preload { builder.preload() } else { builder }.start().await;
     cluster.create_database(DATABASE).await;
     let outbox = "CREATE TABLE outbox (
         seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -48,6 +55,7 @@ pub async fn prepare(cluster: &Cluster) {
         topic text NOT NULL, key text, payload jsonb, headers jsonb,
         created_at timestamptz NOT NULL DEFAULT now())";
     cluster.connect(DATABASE).await.batch_execute(outbox).await.expect("the outbox table");
+    cluster
 }
 
 /// Keys of a thousand customers, drawn evenly.

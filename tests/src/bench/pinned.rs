@@ -67,14 +67,7 @@ struct Books {
 
 /// Runs the benchmark.
 pub async fn run(pairs: usize) -> Vec<Row> {
-    let cluster = Cluster::builder()
-        .preload()
-        .config("shared_buffers", "1GB")
-        .config("max_wal_size", "8GB")
-        .config("checkpoint_timeout", "30min")
-        .start()
-        .await;
-    load::prepare(&cluster).await;
+    let cluster = load::cluster(true).await;
     let client = cluster.connect(DATABASE).await;
     let receiver = Receiver::start().await;
     client.execute("SELECT dtm.subscribe('bench', '>', $1)", &[&receiver.url()]).await.expect("subscribe");

@@ -78,14 +78,7 @@ fn in_turn(pair: usize) -> [Way; 2] {
 
 /// Runs the benchmark.
 pub async fn run(pairs: usize) -> Vec<Row> {
-    let cluster = Cluster::builder()
-        .preload()
-        .config("shared_buffers", "1GB")
-        .config("max_wal_size", "8GB")
-        .config("checkpoint_timeout", "30min")
-        .start()
-        .await;
-    load::prepare(&cluster).await;
+    let cluster = load::cluster(true).await;
     let mut books = Books { client: cluster.connect(DATABASE).await, published: 0, inserted: 0 };
     let mut rows = Vec::new();
     let mut rates = Vec::new();
