@@ -12,8 +12,9 @@ use tracing::{error, info};
 use uuid::Uuid;
 
 use crate::config::Config;
-use crate::database::{self, Shared};
+use crate::database;
 use crate::pipeline::budget::Budget;
+use crate::session::Shared;
 use crate::sink::http::HttpClient;
 
 /// What a shutdown needs beyond draining, to store cursors and give up leases.

@@ -7,12 +7,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, debug, error, info_span, warn};
-use uuid::Uuid;
 
-use crate::config::{Config, Database};
-use crate::pipeline::budget::Budget;
-use crate::session::Session;
-use crate::sink::http::HttpClient;
+use crate::config::Database;
+use crate::session::{Session, Shared};
 use crate::source::connect::Connector;
 use crate::source::error::SourceError;
 
@@ -24,18 +21,6 @@ const REFUSED: Duration = Duration::from_secs(5);
 
 /// A session that lasted so long begins the back-off anew.
 const STABLE: Duration = Duration::from_secs(10);
-
-/// What all databases of a relay share.
-pub struct Shared {
-    /// Who this process is towards databases: the same over reconnects, so that it keeps its leases.
-    pub relay: Uuid,
-    /// Connections to endpoints.
-    pub http: HttpClient,
-    /// Memory.
-    pub budget: Budget,
-    /// Settings.
-    pub config: Config,
-}
 
 /// Keeps a database's sessions going until `stop`.
 pub async fn supervise(database: Database, shared: Arc<Shared>, stop: CancellationToken) {

@@ -11,9 +11,12 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, info};
+use uuid::Uuid;
 
-use crate::database::Shared;
+use crate::config::Config;
 use crate::deliveries::{Common, Deliveries};
+use crate::pipeline::budget::Budget;
+use crate::sink::http::HttpClient;
 use crate::source::connect::Connector;
 use crate::source::cursors::{self, Cursors};
 use crate::source::due;
@@ -31,6 +34,18 @@ const FAREWELL: Duration = Duration::from_secs(4);
 
 /// Tasks that each have a connection of their own: one that waits holds up no other.
 type Roles = JoinSet<Result<(), SourceError>>;
+
+/// What all databases of a relay share.
+pub struct Shared {
+    /// Who this process is towards databases: the same over reconnects, so that it keeps its leases.
+    pub relay: Uuid,
+    /// Connections to endpoints.
+    pub http: HttpClient,
+    /// Memory.
+    pub budget: Budget,
+    /// Settings.
+    pub config: Config,
+}
 
 /// A session.
 pub struct Session {

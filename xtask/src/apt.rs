@@ -6,7 +6,6 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::packages::by_hand;
 use crate::progress::say;
 use crate::workspace::{Workspace, command_ok, command_output, make_dir};
 use crate::{Result, job};
@@ -42,6 +41,11 @@ pub fn install(workspace: &Workspace, missing: &[&str]) -> Result<()> {
         command_ok(Command::new("update-rc.d").args(["pgbouncer", "disable"]))?;
     }
     Ok(())
+}
+
+/// The command for a person to copy.
+pub fn by_hand(packages: &[&str]) -> String {
+    format!("sudo apt-get install -y --no-install-recommends {}", packages.join(" "))
 }
 
 fn get(workspace: &Workspace, log: &str, packages: &[&str]) -> Result<()> {
@@ -207,5 +211,10 @@ Conf postgresql-15 (15.20-0+deb12u1 Debian-Security:12/stable-security [amd64])
         assert_eq!(restarted(&upgraded(PLAN), &[("15", "main")]).map(|r| r.0).as_deref(), Some("15/main"));
         assert_eq!(restarted(&upgraded(PLAN), &[("14", "main")]), None);
         assert_eq!(restarted(&[], &running), None);
+    }
+
+    #[test]
+    fn a_line_to_copy() {
+        assert_eq!(by_hand(&["gcc", "clang"]), "sudo apt-get install -y --no-install-recommends gcc clang");
     }
 }

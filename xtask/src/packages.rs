@@ -77,14 +77,9 @@ fn provide(workspace: &Workspace, missing: &[&str]) -> Result<()> {
         ));
     }
     if !workspace.is_root {
-        return Err(format!("system packages are missing, install them with: {}", by_hand(missing)));
+        return Err(format!("system packages are missing, install them with: {}", apt::by_hand(missing)));
     }
     apt::install(workspace, missing)
-}
-
-/// The command for a person to copy.
-pub fn by_hand(packages: &[&str]) -> String {
-    format!("sudo apt-get install -y --no-install-recommends {}", packages.join(" "))
 }
 
 fn ensure_user() -> Result<()> {
@@ -143,10 +138,5 @@ mod tests {
         for name in ["libclang-cpp.so.14", "libclangBasic.a", "libclang_rt.so", "libclang-14.a"] {
             assert!(!is_libclang(name), "{name}");
         }
-    }
-
-    #[test]
-    fn a_line_to_copy() {
-        assert_eq!(by_hand(&["gcc", "clang"]), "sudo apt-get install -y --no-install-recommends gcc clang");
     }
 }
