@@ -2,6 +2,7 @@
 //! Reading positions: the sequence, the publishers' locks, a snapshot, the sequence again, in this order.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use dtm_core::position::{Position, Snapshot};
 use dtm_core::window::{self, Reading};
@@ -115,25 +116,45 @@ fn virtual_id(lock: &pg_sys::LockInstanceData) -> (i64, u32) {
     (i64::from(lock.vxid.procNumber), lock.vxid.localTransactionId)
 }
 
+/// How long a position waits for others to flush, and how often it looks.
+const FLUSH_PATIENCE: Duration = Duration::from_millis(2);
+const FLUSH_LOOK_EVERY: Duration = Duration::from_micros(100);
+
 /// Waits until all WAL written so far is on disk. A position rests on transactions that ended without a flush (rolled back,
 /// or with synchronous_commit = off): after a crash their ids would be given out again.
+///
+/// Under traffic the next commit flushes what is missing. To flush it from here would keep that commit waiting for the disk
+/// twice: publishers would pay for being read.
 fn flush() {
+    let end = end_of_wal();
+    let begun = Instant::now();
+    // SAFETY: reads shared memory.
+    while unsafe { pg_sys::GetFlushRecPtr(std::ptr::null_mut()) } < end {
+        if begun.elapsed() >= FLUSH_PATIENCE {
+            // SAFETY: `end` is the end of a record that has been inserted.
+            unsafe { pg_sys::XLogFlush(end) };
+            return;
+        }
+        std::thread::sleep(FLUSH_LOOK_EVERY);
+    }
+}
+
+/// Where the last record ends that has been inserted.
+fn end_of_wal() -> u64 {
     const BLOCK_BYTES: u64 = pg_sys::XLOG_BLCKSZ as u64;
     const SHORT_HEADER_BYTES: u64 = 24;
     const LONG_HEADER_BYTES: u64 = 40;
     // SAFETY: reads a position of the WAL and a constant of the cluster.
     let (insert, segment_bytes) = unsafe { (pg_sys::GetXLogInsertRecPtr(), pg_sys::wal_segment_size as u64) };
-    // Where the last record ends at the end of a page, this points behind the header of the next one, which is not written
-    // yet: XLogFlush would refuse it. No record ends there otherwise.
-    let end = if insert % segment_bytes == LONG_HEADER_BYTES {
+    // Where that is the end of a page, this points behind the header of the next one, which is not written yet: XLogFlush
+    // would refuse it. No record ends there otherwise.
+    if insert % segment_bytes == LONG_HEADER_BYTES {
         insert - LONG_HEADER_BYTES
     } else if insert % BLOCK_BYTES == SHORT_HEADER_BYTES {
         insert - SHORT_HEADER_BYTES
     } else {
         insert
-    };
-    // SAFETY: `end` is the end of a record that has been inserted.
-    unsafe { pg_sys::XLogFlush(end) };
+    }
 }
 
 fn parse(text: &str) -> Result<Position, ErrorReport> {

@@ -26,10 +26,21 @@ pub struct Pace {
     pub idle: Duration,
 }
 
+/// At so many events in a [`Pace::busy`] the pause is twice as long, and so on up to five times: the more there is, the less
+/// it matters when it is read, and the more it costs to read it piece by piece.
+const EVENTS_PER_LOOK: f64 = 1.0;
+const BUSY_MAX: f64 = 5.0;
+
 impl Pace {
-    /// The time to the next look, by how long ago the head last moved: a twentieth of it, so
+    /// The time to the next look after one that found something: `events` since the one before, `elapsed` ago.
+    fn under_traffic(&self, events: i64, elapsed: Duration) -> Duration {
+        let looks = elapsed.as_secs_f64() / self.busy.as_secs_f64();
+        self.busy.mul_f64((events as f64 / looks.max(1.0) / EVENTS_PER_LOOK).clamp(1.0, BUSY_MAX))
+    }
+
+    /// The time to the next look after one that found nothing, by how long ago the head last moved: a twentieth of it, so
     /// that an event waits for a small part of the time that none came.
-    fn after(&self, quiet: Duration) -> Duration {
+    fn in_quiet(&self, quiet: Duration) -> Duration {
         (quiet / 20).clamp(self.busy, self.idle)
     }
 }
@@ -53,13 +64,16 @@ pub async fn follow(
             if mark.era() != greeting.era {
                 return Err(SourceError::Unreachable("the database has begun a new era".into()));
             }
+            let events = known.as_ref().map_or(0, |known| mark.position().seq - known.position().seq);
+            let pause = pace.under_traffic(events, moved_at.elapsed());
             moved_at = Instant::now();
             heads.send_replace(Some(mark.clone()));
             known = Some(mark);
+            tokio::time::sleep(pause).await;
+            continue;
         }
         match (&wait, &known) {
             (Some(statement), Some(known)) => {
-                tokio::time::sleep(pace.busy).await;
                 if !sleep_until_woken(&link, statement, known).await? {
                     tracing::warn!(
                         "no place is left among the relays that wait at this server: polling instead"
@@ -67,7 +81,7 @@ pub async fn follow(
                     wait = None;
                 }
             }
-            _ => tokio::time::sleep(pace.after(moved_at.elapsed())).await,
+            _ => tokio::time::sleep(pace.in_quiet(moved_at.elapsed())).await,
         }
     }
 }
@@ -106,9 +120,20 @@ mod tests {
     fn the_pace_slows_down_with_quiet() {
         let ms = Duration::from_millis;
         let pace = Pace { busy: ms(1), idle: ms(100) };
-        assert_eq!(pace.after(ms(0)), ms(1));
-        assert_eq!(pace.after(ms(100)), ms(5));
-        assert_eq!(pace.after(ms(1_000)), ms(50));
-        assert_eq!(pace.after(ms(60_000)), ms(100));
+        assert_eq!(pace.in_quiet(ms(0)), ms(1));
+        assert_eq!(pace.in_quiet(ms(100)), ms(5));
+        assert_eq!(pace.in_quiet(ms(1_000)), ms(50));
+        assert_eq!(pace.in_quiet(ms(60_000)), ms(100));
+    }
+
+    #[test]
+    fn the_more_there_is_the_more_is_read_at_once() {
+        let ms = Duration::from_millis;
+        let pace = Pace { busy: ms(1), idle: ms(100) };
+        assert_eq!(pace.under_traffic(0, ms(50)), ms(1));
+        assert_eq!(pace.under_traffic(2, ms(2)), ms(1), "1,000 a second");
+        assert_eq!(pace.under_traffic(6, ms(2)), ms(3), "3,000 a second");
+        assert_eq!(pace.under_traffic(80, ms(5)), ms(5), "16,000 a second");
+        assert_eq!(pace.under_traffic(1, Duration::ZERO), ms(1));
     }
 }
