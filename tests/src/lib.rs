@@ -2,6 +2,7 @@
 //! The kit that tests, benchmarks and the demo share: real PostgreSQL clusters, real HTTP endpoints that misbehave, the real
 //! relay as a process that can be killed, and a ledger of what was committed against what arrived.
 
+pub mod arrivals;
 pub mod bench;
 pub mod cluster;
 pub mod ledger;

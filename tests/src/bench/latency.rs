@@ -8,9 +8,10 @@ use uuid::Uuid;
 
 use super::load::{self, DATABASE, Paced, Way};
 use super::report::{Goal, Row};
+use super::sink::Sink;
 use super::statistics::Sample;
+use crate::arrivals::monotonic_ns;
 use crate::cluster::Cluster;
-use crate::receiver::Receiver;
 use crate::relay::Relay;
 
 const BUSY_RATE: f64 = 1_000.0;
@@ -24,7 +25,7 @@ const DRAIN: Duration = Duration::from_secs(30);
 struct Site {
     name: &'static str,
     cluster: Cluster,
-    receiver: Receiver,
+    sink: Sink,
     relay: Relay,
 }
 
@@ -39,33 +40,30 @@ struct Measured {
 impl Site {
     async fn open(name: &'static str, preload: bool) -> Site {
         let cluster = load::cluster(preload).await;
-        let receiver = Receiver::start().await;
+        let sink = Sink::start();
         let subscribe = "SELECT dtm.subscribe('bench', '>', $1)";
         let client = cluster.connect(DATABASE).await;
-        client.execute(subscribe, &[&receiver.url()]).await.expect("subscribe");
+        client.execute(subscribe, &[&sink.url()]).await.expect("subscribe");
         let relay = Relay::start(&cluster.url(DATABASE));
         relay.wait_for_log("delivering").await;
-        Site { name, cluster, receiver, relay }
+        Site { name, cluster, sink, relay }
     }
 
     async fn measure(&self, clients: usize, rate: f64, lasting: Duration) -> Measured {
-        let before = self.receiver.count();
+        let before = self.sink.count();
+        // The sink's times are of the clock that is read here; the calls' are counted from the same moment.
+        let (begun, begun_ns) = (Instant::now(), monotonic_ns());
         let run = load::paced(&self.cluster, Way::Publish, clients, rate, WARM_UP, lasting).await;
         let expected = before + run.calls.len();
-        let all = |received: &[crate::receiver::Received]| received.len() >= expected;
-        self.receiver.wait_until("all of them", DRAIN, all).await;
-        let received = self.receiver.received();
-        let arrivals: HashMap<Uuid, Instant> = received[before..]
-            .iter()
-            .map(|request| (request.id().parse().expect("an id"), request.at))
-            .collect();
-        assert_eq!((arrivals.len(), received.len()), (run.calls.len(), expected), "not each of them once");
+        self.sink.wait_for(expected, DRAIN).await;
+        let arrived = self.sink.arrivals(before);
+        let arrivals: HashMap<Uuid, u64> =
+            arrived.iter().map(|arrival| (arrival.id, arrival.at_ns)).collect();
+        let counts = (arrivals.len(), arrived.len());
+        assert_eq!(counts, (run.calls.len(), run.calls.len()), "not each of them once");
         let delivery = |call: &Paced| {
-            let arrival = arrivals[&call.id.expect("an id")];
-            match arrival.checked_duration_since(call.committed) {
-                Some(after) => after.as_secs_f64() * 1e3,
-                None => -(call.committed - arrival).as_secs_f64() * 1e3,
-            }
+            let arrived_ns = arrivals[&call.id.expect("an id")] - begun_ns;
+            (arrived_ns as f64 - (call.committed - begun).as_nanos() as f64) / 1e6
         };
         Measured {
             delivery: Sample::new(run.counted().map(delivery).collect()),

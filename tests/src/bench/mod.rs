@@ -7,4 +7,5 @@ pub mod pinned;
 pub mod processor;
 pub mod publish;
 pub mod report;
+pub mod sink;
 pub mod statistics;

@@ -8,9 +8,9 @@ use uuid::Uuid;
 
 use super::load::{self, DATABASE, Shape, Way};
 use super::report::{Goal, Row};
+use super::sink::Sink;
 use super::statistics::Sample;
 use crate::cluster::Cluster;
-use crate::receiver::{Received, Receiver};
 use crate::relay::Relay;
 
 const SHAPE: Shape = Shape { clients: 8, calls: 1, rows: 1 };
@@ -43,15 +43,13 @@ impl Pin {
 }
 
 /// Publishes for a while with the relay at work. Answers events a second published, and delivered until the last.
-async fn publish_and_deliver(cluster: &Cluster, receiver: &Receiver, books: &mut Books) -> (f64, f64) {
-    let arrived = receiver.count();
+async fn publish_and_deliver(cluster: &Cluster, sink: &Sink, books: &mut Books) -> (f64, f64) {
+    let arrived = sink.count();
     let begun = Instant::now();
     let done = load::saturate(cluster, Way::Publish, SHAPE, RUN).await;
-    let all = |received: &[Received]| received.len() >= arrived + done.rows;
-    receiver.wait_until("all of them", DRAIN, all).await;
+    sink.wait_for(arrived + done.rows, DRAIN).await;
     let seconds = begun.elapsed().as_secs_f64();
-    let mut ids: Vec<Uuid> =
-        receiver.received()[arrived..].iter().map(|request| request.id().parse().expect("an id")).collect();
+    let mut ids: Vec<Uuid> = sink.arrivals(arrived).iter().map(|arrival| arrival.id).collect();
     ids.sort_unstable();
     let mut published = done.ids.clone();
     published.sort_unstable();
@@ -69,8 +67,8 @@ struct Books {
 pub async fn run(pairs: usize) -> Vec<Row> {
     let cluster = load::cluster(true).await;
     let client = cluster.connect(DATABASE).await;
-    let receiver = Receiver::start().await;
-    client.execute("SELECT dtm.subscribe('bench', '>', $1)", &[&receiver.url()]).await.expect("subscribe");
+    let sink = Sink::start();
+    client.execute("SELECT dtm.subscribe('bench', '>', $1)", &[&sink.url()]).await.expect("subscribe");
     let mut relay = Relay::start(&cluster.url(DATABASE));
     relay.wait_for_log("delivering").await;
     let mut books = Books { client, published: 0 };
@@ -80,10 +78,10 @@ pub async fn run(pairs: usize) -> Vec<Row> {
         for with_pin in [pair.is_multiple_of(2), !pair.is_multiple_of(2)] {
             if with_pin {
                 let pin = Pin::hold(&cluster).await;
-                pinned = publish_and_deliver(&cluster, &receiver, &mut books).await;
+                pinned = publish_and_deliver(&cluster, &sink, &mut books).await;
                 pin.release().await;
             } else {
-                free = publish_and_deliver(&cluster, &receiver, &mut books).await;
+                free = publish_and_deliver(&cluster, &sink, &mut books).await;
             }
         }
         eprintln!(

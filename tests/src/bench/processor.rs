@@ -9,12 +9,12 @@ use crate::cluster::Cluster;
 /// Linux counts in hundredths of a second, wherever it runs.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// Processor time of the server's processes, of a relay, and of this process, since it was begun.
+/// Processor time of the server's processes, of a relay, of a sink and of this process, since it was begun.
 pub struct Watch {
     postmaster: u32,
-    relay: Option<u32>,
+    others: [u32; 3],
     server: HashMap<u32, u64>,
-    others: [u64; 2],
+    before: [u64; 3],
     begun: Instant,
 }
 
@@ -25,16 +25,19 @@ pub struct Shares {
     pub server: f64,
     /// The relay.
     pub relay: f64,
-    /// This process: the clients and the receiver.
+    /// The process that receives.
+    pub sink: f64,
+    /// This process: the clients.
     pub bench: f64,
 }
 
 impl Watch {
     /// Begins to count.
-    pub fn begin(cluster: &Cluster, relay: Option<u32>) -> Watch {
+    pub fn begin(cluster: &Cluster, relay: u32, sink: u32) -> Watch {
         let postmaster = cluster.pid();
-        let others = [relay.map_or(0, ticks), ticks(std::process::id())];
-        Watch { postmaster, relay, server: server_ticks(postmaster), others, begun: Instant::now() }
+        let others = [relay, sink, std::process::id()];
+        let (server, before) = (server_ticks(postmaster), others.map(ticks));
+        Watch { postmaster, others, server, before, begun: Instant::now() }
     }
 
     /// Ends counting. Processes of the server that have ended meanwhile are not counted.
@@ -44,13 +47,9 @@ impl Watch {
             .iter()
             .map(|(pid, now)| now.saturating_sub(self.server.get(pid).copied().unwrap_or(0)))
             .sum();
-        let relay = self.relay.map_or(0, ticks).saturating_sub(self.others[0]);
-        let bench = ticks(std::process::id()).saturating_sub(self.others[1]);
-        Shares {
-            server: server as f64 / seconds,
-            relay: relay as f64 / seconds,
-            bench: bench as f64 / seconds,
-        }
+        let now = self.others.map(ticks);
+        let share = |at: usize| now[at].saturating_sub(self.before[at]) as f64 / seconds;
+        Shares { server: server as f64 / seconds, relay: share(0), sink: share(1), bench: share(2) }
     }
 }
 

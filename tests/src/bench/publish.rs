@@ -10,9 +10,9 @@ use uuid::Uuid;
 use super::load::{self, DATABASE, Shape, Way};
 use super::processor::{Shares, Watch};
 use super::report::{Goal, Row};
+use super::sink::Sink;
 use super::statistics::Sample;
 use crate::cluster::Cluster;
-use crate::receiver::{Received, Receiver};
 use crate::relay::Relay;
 
 const RUN: Duration = Duration::from_secs(2);
@@ -63,11 +63,9 @@ impl Books {
 }
 
 /// Waits until everything that was published has arrived, and only that.
-async fn arrived(receiver: &Receiver, published: &HashSet<Uuid>) {
-    let all = |received: &[Received]| received.len() >= published.len();
-    receiver.wait_until("everything that was published", DRAIN, all).await;
-    let ids: HashSet<Uuid> =
-        receiver.received().iter().map(|request| request.id().parse().expect("an id")).collect();
+async fn arrived(sink: &Sink, published: &HashSet<Uuid>) {
+    sink.wait_for(published.len(), DRAIN).await;
+    let ids: HashSet<Uuid> = sink.arrivals(0).iter().map(|arrival| arrival.id).collect();
     assert_eq!(&ids, published, "what arrived is not what was published");
 }
 
@@ -108,9 +106,9 @@ async fn with_relay(
     pairs: usize,
     rows: &mut Vec<Row>,
 ) {
-    let receiver = Receiver::start().await;
+    let sink = Sink::start();
     let subscribe = "SELECT dtm.subscribe('bench', '>', $1)";
-    books.client.execute(subscribe, &[&receiver.url()]).await.expect("subscribe");
+    books.client.execute(subscribe, &[&sink.url()]).await.expect("subscribe");
     let mut relay = Relay::start(&cluster.url(DATABASE));
     relay.wait_for_log("delivering").await;
     let mut published = HashSet::new();
@@ -121,7 +119,7 @@ async fn with_relay(
             for way in in_turn(pair) {
                 let (sample, ids) = books.paced(cluster, way, clients, rate / 2.0).await;
                 published.extend(ids);
-                arrived(&receiver, &published).await;
+                arrived(&sink, &published).await;
                 *(if way == Way::Publish { &mut publish } else { &mut insert }) = sample.percentile(0.99);
             }
             eprintln!(
@@ -136,18 +134,19 @@ async fn with_relay(
     let mut rate = Vec::new();
     let mut shares = Vec::new();
     for _ in 0..pairs {
-        let watch = Watch::begin(cluster, Some(relay.pid()));
+        let watch = Watch::begin(cluster, relay.pid(), sink.pid());
         let (publish, ids) = books.saturate(cluster, Way::Publish, SHAPES[1].1).await;
         shares.push(watch.end());
         published.extend(ids);
-        arrived(&receiver, &published).await;
+        arrived(&sink, &published).await;
         rate.push((publish, rates[1].1));
     }
     rows.push(Row::of_pairs("16 clients, saturated, relay on", "events/s", &rate, None));
     let share = |of: fn(&Shares) -> f64| Sample::new(shares.iter().map(of).collect());
     rows.push(Row::of_values("  processors: PostgreSQL", "cores", &share(|s| s.server), None));
     rows.push(Row::of_values("  processors: relay", "cores", &share(|s| s.relay), None));
-    rows.push(Row::of_values("  processors: clients and receiver", "cores", &share(|s| s.bench), None));
+    rows.push(Row::of_values("  processors: clients", "cores", &share(|s| s.bench), None));
+    rows.push(Row::of_values("  processors: receiver", "cores", &share(|s| s.sink), None));
     assert!(relay.terminate().await.success());
-    assert_eq!(receiver.count(), published.len(), "something was delivered twice");
+    assert_eq!(sink.count(), published.len(), "something was delivered twice");
 }
