@@ -9,7 +9,7 @@ use dtm_core::options::Options;
 use crate::config::{Config, Database};
 use crate::source::connect::Connector;
 use crate::source::error::SourceError;
-use crate::source::inspect::{self, Stored};
+use crate::source::inspect::{self, Cursor, Stored};
 use crate::source::{hello, settings::Settings};
 
 /// How many of a kind are named one by one.
@@ -117,9 +117,9 @@ fn subscriptions(stored: &[Stored], findings: &mut Findings) {
         if let Err(problem) = deliverable(subscription) {
             let mend = "call dtm.subscribe again with its name, or use a newer relay";
             findings.wrong(&format!("subscription {name:?}: {problem}"), Some(mend));
-        } else if !subscription.has_cursor {
+        } else if let Some(problem) = misplaced(subscription.cursor) {
             let mend = "call dtm.rewind with its name and 'now', 'earliest' or a time";
-            findings.wrong(&format!("subscription {name:?} has no cursor and is not delivered"), Some(mend));
+            findings.wrong(&format!("subscription {name:?} {problem}"), Some(mend));
         } else if subscription.state != "active" {
             let reason =
                 subscription.reason.as_deref().map(|reason| format!(" ({reason})")).unwrap_or_default();
@@ -136,6 +136,15 @@ fn deliverable(subscription: &Stored) -> Result<(), String> {
     Destination::parse(&subscription.destination).map_err(|error| format!("its destination: {error}"))?;
     Options::from_json(&subscription.options).map_err(|error| format!("its options: {error}"))?;
     Ok(())
+}
+
+/// Why a subscription cannot go on from its cursor.
+fn misplaced(cursor: Cursor) -> Option<&'static str> {
+    match cursor {
+        Cursor::Usable => None,
+        Cursor::OfUnknownEra => Some("has a cursor in an era that the database does not know"),
+        Cursor::Missing => Some("has no cursor"),
+    }
 }
 
 /// What to look at if a server cannot be reached.

@@ -27,8 +27,19 @@ pub struct Stored {
     pub state: String,
     /// Why it is paused, if that was not asked for.
     pub reason: Option<String>,
-    /// Whether it has a place to go on from.
-    pub has_cursor: bool,
+    /// Where it goes on from.
+    pub cursor: Cursor,
+}
+
+/// Whether a subscription has a place to go on from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cursor {
+    /// It has.
+    Usable,
+    /// It has one in an era that the database does not know.
+    OfUnknownEra,
+    /// It has none.
+    Missing,
 }
 
 const WHAT: &str = "inspecting";
@@ -87,7 +98,8 @@ pub async fn greet(link: &Link, environment: &str) -> Result<(Greeting, Vec<Stor
 
 async fn subscriptions(link: &Link) -> Result<Vec<Stored>, SourceError> {
     let sql = "SELECT name, destination, options, state, reason, \
-               EXISTS (SELECT FROM dtm.relay_cursor(id, 0, epoch)) \
+               (SELECT EXISTS (SELECT FROM dtm.eras e WHERE e.era = dtm.position_era(c.\"position\")) \
+                FROM dtm.relay_cursor(id, 0, epoch) c) \
                FROM dtm.subscription ORDER BY name";
     let rows = link.query(WHAT, sql, &[]).await?;
     let stored = |row: &tokio_postgres::Row| Stored {
@@ -96,7 +108,11 @@ async fn subscriptions(link: &Link) -> Result<Vec<Stored>, SourceError> {
         options: row.get(2),
         state: row.get(3),
         reason: row.get(4),
-        has_cursor: row.get(5),
+        cursor: match row.get(5) {
+            Some(true) => Cursor::Usable,
+            Some(false) => Cursor::OfUnknownEra,
+            None => Cursor::Missing,
+        },
     };
     Ok(rows.iter().map(stored).collect())
 }

@@ -8,7 +8,7 @@ use dtm_tests::relay::{self, Relay};
 use crate::numbered::{publish, subscribe, wait_for_all};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_subscription_without_a_cursor_is_found_by_check_and_delivered_after_a_rewind() {
+async fn a_subscription_without_a_usable_cursor_is_found_by_check_and_delivered_after_a_rewind() {
     let cluster = Cluster::builder().start().await;
     cluster.create_database("shop").await;
     let client = cluster.connect("shop").await;
@@ -25,6 +25,10 @@ async fn a_subscription_without_a_cursor_is_found_by_check_and_delivered_after_a
     assert!(relay.terminate().await.success());
     let (fine, said) = relay::run(&["check", "--database-url", &cluster.url("shop")]);
     assert!(fine, "{said}");
+    client.execute("DELETE FROM dtm.eras", &[]).await.expect("delete");
+    client.execute("UPDATE dtm.installation SET era = era + 1", &[]).await.expect("update");
+    let (fine, said) = relay::run(&["check", "--database-url", &cluster.url("shop")]);
+    assert!(!fine && said.contains("\"s\" has a cursor in an era"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
