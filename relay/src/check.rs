@@ -9,8 +9,7 @@ use dtm_core::options::Options;
 use crate::config::{Config, Database};
 use crate::source::connect::Connector;
 use crate::source::error::SourceError;
-use crate::source::inspect::{self, Stored};
-use crate::source::link::Link;
+use crate::source::inspect::{self, Cursor, Stored};
 use crate::source::{hello, settings::Settings};
 
 /// How many of a kind are named one by one.
@@ -103,37 +102,49 @@ async fn check(config: &Config, database: &Database, findings: &mut Findings) ->
         findings
             .note(&format!("version {newer} is installed beside the server: ALTER EXTENSION pg_dtm UPDATE"));
     }
-    let greeting = inspect::greet(&link, &config.environment).await?;
+    let (greeting, stored) = inspect::greet(&link, &config.environment).await?;
     findings.good(&format!("the database may be delivered from; ce-source is {}", greeting.source));
     if !greeting.preloaded {
         findings.note("commits do not wake the relay, it polls: shared_preload_libraries has no pg_dtm");
     }
-    subscriptions(&link, findings).await
+    subscriptions(&stored, findings);
+    Ok(())
 }
 
-async fn subscriptions(link: &Link, findings: &mut Findings) -> Result<(), SourceError> {
-    let stored = inspect::subscriptions(link).await?;
-    for subscription in &stored {
+fn subscriptions(stored: &[Stored], findings: &mut Findings) {
+    for subscription in stored {
+        let name = &subscription.name;
         if let Err(problem) = deliverable(subscription) {
             let mend = "call dtm.subscribe again with its name, or use a newer relay";
-            findings.wrong(&format!("subscription {:?}: {problem}", subscription.name), Some(mend));
+            findings.wrong(&format!("subscription {name:?}: {problem}"), Some(mend));
+        } else if let Some(problem) = misplaced(subscription.cursor) {
+            let mend = "call dtm.rewind with its name and 'now', 'earliest' or a time";
+            findings.wrong(&format!("subscription {name:?} {problem}"), Some(mend));
         } else if subscription.state != "active" {
             let reason =
                 subscription.reason.as_deref().map(|reason| format!(" ({reason})")).unwrap_or_default();
-            findings.note(&format!("subscription {:?} is {}{reason}", subscription.name, subscription.state));
+            findings.note(&format!("subscription {name:?} is {}{reason}", subscription.state));
         }
     }
     match stored.len() {
         0 => findings.note("there are no subscriptions yet: nothing is delivered"),
         n => findings.good(&format!("{n} subscription(s)")),
     }
-    Ok(())
 }
 
 fn deliverable(subscription: &Stored) -> Result<(), String> {
     Destination::parse(&subscription.destination).map_err(|error| format!("its destination: {error}"))?;
     Options::from_json(&subscription.options).map_err(|error| format!("its options: {error}"))?;
     Ok(())
+}
+
+/// Why a subscription cannot go on from its cursor.
+fn misplaced(cursor: Cursor) -> Option<&'static str> {
+    match cursor {
+        Cursor::Usable => None,
+        Cursor::OfUnknownEra => Some("has a cursor in an era that the database does not know"),
+        Cursor::Missing => Some("has no cursor"),
+    }
 }
 
 /// What to look at if a server cannot be reached.

@@ -12,7 +12,7 @@ use tracing::{error, info};
 use uuid::Uuid;
 
 use crate::config::Config;
-use crate::database;
+use crate::database::{self, Stopped};
 use crate::pipeline::budget::Budget;
 use crate::session::Shared;
 use crate::sink::http::HttpClient;
@@ -20,7 +20,7 @@ use crate::sink::http::HttpClient;
 /// What a shutdown needs beyond draining, to store cursors and give up leases.
 const FAREWELL: Duration = Duration::from_secs(5);
 
-/// Delivers until SIGTERM or SIGINT.
+/// Delivers until SIGTERM or SIGINT. Fails if then something that was delivered could not be stored as such.
 pub async fn run(config: Config) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut signals =
         Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? };
@@ -49,17 +49,26 @@ pub async fn run(config: Config) -> Result<ExitCode, Box<dyn std::error::Error>>
     };
     info!(signal = received.name, "stopping: what is in flight is waited for");
     stop.cancel();
-    let drained = async { while databases.join_next().await.is_some() {} };
-    tokio::select! {
-        () = drained => {}
-        () = tokio::time::sleep(farewell) => error!("not everything could be stored in time"),
+    let drained = async {
+        let mut stored = true;
+        while let Some(ended) = databases.join_next().await {
+            stored &= ended.is_ok_and(|stopped| stopped == Stopped::Stored);
+        }
+        stored
+    };
+    let stored = tokio::select! {
+        stored = drained => stored,
+        () = tokio::time::sleep(farewell) => {
+            error!("not everything could be stored in time");
+            false
+        }
         second = signals.next() => {
             info!(signal = second.name, "stopping at once");
             return Ok(ExitCode::from(128 + second.number));
         }
-    }
+    };
     info!("stopped");
-    Ok(ExitCode::SUCCESS)
+    Ok(if stored { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 struct Signals {

@@ -22,37 +22,59 @@ const REFUSED: Duration = Duration::from_secs(5);
 /// A session that lasted so long begins the back-off anew.
 const STABLE: Duration = Duration::from_secs(10);
 
+/// How far a database was served when it was stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stopped {
+    /// Everything that was delivered is covered by a stored cursor, but for what lies past an event that was not.
+    Stored,
+    /// The database was away, or went away meanwhile: something that was delivered is delivered again.
+    Unstored,
+}
+
 /// Keeps a database's sessions going until `stop`.
-pub async fn supervise(database: Database, shared: Arc<Shared>, stop: CancellationToken) {
+pub async fn supervise(database: Database, shared: Arc<Shared>, stop: CancellationToken) -> Stopped {
     let span = info_span!("database", name = database.name);
-    let work = async {
-        let mut away = Away::default();
-        let connector = loop {
-            match Connector::new(database.settings.clone(), shared.config.statement_timeout) {
-                Ok(connector) => break connector,
-                Err(error) => {
-                    if away.wait(error, Duration::ZERO, &stop).await.is_stopped() {
-                        return;
-                    }
+    async {
+        let mut unstored = false;
+        serve(&database, &shared, &stop, &mut unstored).await;
+        if unstored {
+            error!("not all cursors could be stored: what they do not cover is delivered again");
+            return Stopped::Unstored;
+        }
+        Stopped::Stored
+    }
+    .instrument(span)
+    .await
+}
+
+/// `unstored`: whether the last session that there was has left deliveries that no stored cursor covers. The one after it
+/// delivers them again.
+async fn serve(database: &Database, shared: &Shared, stop: &CancellationToken, unstored: &mut bool) {
+    let mut away = Away::default();
+    let connector = loop {
+        match Connector::new(database.settings.clone(), shared.config.statement_timeout) {
+            Ok(connector) => break connector,
+            Err(error) => {
+                if away.wait(error, Duration::ZERO, stop).await.is_stopped() {
+                    return;
                 }
-            }
-        };
-        loop {
-            let begun = Instant::now();
-            let error = match Session::run(&connector, &shared, &stop).await {
-                Ok(()) => return,
-                Err(error) => error,
-            };
-            if stop.is_cancelled() {
-                warn!("{error}; cursors could not be stored: what they do not cover is delivered again");
-                return;
-            }
-            if away.wait(error, begun.elapsed(), &stop).await.is_stopped() {
-                return;
             }
         }
     };
-    work.instrument(span).await;
+    loop {
+        let begun = Instant::now();
+        let error = match Session::run(&connector, shared, stop, unstored).await {
+            Ok(()) => return,
+            Err(error) => error,
+        };
+        if stop.is_cancelled() {
+            warn!("{error}");
+            return;
+        }
+        if away.wait(error, begun.elapsed(), stop).await.is_stopped() {
+            return;
+        }
+    }
 }
 
 /// The time without a session. Each new reason is told once.

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, error, info};
 
 use crate::pipeline::budget::{Budget, Share};
-use crate::pipeline::run::{Bounds, Pipeline};
+use crate::pipeline::run::{Bounds, Pipeline, TELL_EVERY};
 use crate::sink::http::{HttpClient, HttpSink};
 use crate::source::cursors::{Cursors, Owner};
 use crate::source::error::SourceError;
@@ -118,16 +118,11 @@ impl Deliveries {
             running.ended
         });
         let (drain, ended) = (CancellationToken::new(), CancellationToken::new());
-        let pipeline = match self.pipeline(assignment, drain.clone()) {
-            Ok(pipeline) => {
-                info!(subscription = assignment.name, destination = assignment.destination, "delivering");
-                Some(pipeline)
-            }
-            Err(problem) => {
-                error!(subscription = assignment.name, "it is not delivered: {problem}");
-                None
-            }
-        };
+        let pipeline = self.pipeline(assignment, drain.clone());
+        if pipeline.is_ok() {
+            info!(subscription = assignment.name, destination = assignment.destination, "delivering");
+        }
+        let (name, asked_to_stop) = (assignment.name.clone(), drain.clone());
         let end = ended.clone().drop_guard();
         let task = async move {
             let _end = end;
@@ -136,8 +131,11 @@ impl Deliveries {
                 before.cancelled().await;
             }
             match pipeline {
-                Some(pipeline) => pipeline.run().await,
-                None => Ok(()),
+                Ok(pipeline) => pipeline.run().await,
+                Err(problem) => {
+                    asked_to_stop.run_until_cancelled(complain(&name, &problem)).await;
+                    Ok(())
+                }
             }
         };
         self.tasks.spawn(task.in_current_span());
@@ -167,5 +165,14 @@ impl Deliveries {
             bounds: common.bounds,
             drain,
         })
+    }
+}
+
+/// Tells again and again why a subscription is not delivered.
+async fn complain(subscription: &str, problem: &str) {
+    let mut times = tokio::time::interval(TELL_EVERY);
+    loop {
+        times.tick().await;
+        error!(subscription, "it is not delivered: {problem}");
     }
 }

@@ -24,6 +24,7 @@ use crate::source::error::SourceError;
 use crate::source::head::{self, Pace};
 use crate::source::hello::{self, Greeting};
 use crate::source::leases::{self, Assignments, Identity, Told};
+use crate::source::origin;
 use crate::source::pages::Pages;
 
 /// Connections that pages are read over.
@@ -51,16 +52,19 @@ pub struct Shared {
 pub struct Session {
     roles: Roles,
     deliveries: Deliveries,
+    cursors: Arc<Cursors>,
     assignments: watch::Receiver<Assignments>,
     release: CancellationToken,
 }
 
 impl Session {
-    /// Delivers until `stop`, which ends it in good order, or until a connection breaks.
+    /// Delivers until `stop`, which ends it in good order, or until a connection breaks. `unstored` is set to whether it
+    /// leaves deliveries that no stored cursor covers; a session that does not come about leaves it as it is.
     pub async fn run(
         connector: &Connector,
         shared: &Shared,
         stop: &CancellationToken,
+        unstored: &mut bool,
     ) -> Result<(), SourceError> {
         let mut session = tokio::select! {
             begun = Session::begin(connector, shared) => begun?,
@@ -70,6 +74,7 @@ impl Session {
         // Nothing of a session outlives it: the next one begins with what is stored.
         session.deliveries.abort().await;
         session.roles.shutdown().await;
+        *unstored = session.cursors.has_unstored();
         ended
     }
 
@@ -78,6 +83,7 @@ impl Session {
         let first = connector.connect().await?;
         let greeting = hello::hello(&first, &config.environment).await?;
         let others = try_join_all((0..READERS + 3).map(|_| connector.connect())).await?;
+        origin::same(&first, &others).await?;
         let mut others = others.into_iter();
         let mut next =
             || others.next().ok_or_else(|| SourceError::Unreachable("a connection is missing".into()));
@@ -110,9 +116,9 @@ impl Session {
         };
         roles.spawn(endless(head::follow(first, greeting, pace, heads)).in_current_span());
         roles.spawn(leases::follow(lease_link, identity, told, release.clone()).in_current_span());
-        roles.spawn(endless(cursors::follow(cursor_link, cursors)).in_current_span());
+        roles.spawn(endless(cursors::follow(cursor_link, cursors.clone())).in_current_span());
         roles.spawn(endless(due::follow(due_link)).in_current_span());
-        Ok(Session { roles, deliveries: Deliveries::new(common), assignments, release })
+        Ok(Session { roles, deliveries: Deliveries::new(common), cursors, assignments, release })
     }
 
     async fn work(&mut self, stop: &CancellationToken) -> Result<(), SourceError> {

@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
@@ -12,9 +11,13 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 use tokio_postgres::{Client, NoTls};
 
+use crate::port;
 use crate::process::{self, server_command};
 
 const START_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How many ports are tried: another process can take one between its choice and the server's start.
+const PORTS_TRIED: usize = 5;
 
 /// The folder of the server's programs: the tree that `cargo xtask` made, with the extension installed.
 pub fn bin_dir() -> PathBuf {
@@ -35,7 +38,7 @@ pub struct Cluster {
     sockets: PathBuf,
     log: PathBuf,
     port: u16,
-    _folder: Option<TempDir>,
+    _folder: TempDir,
 }
 
 impl Builder {
@@ -58,18 +61,13 @@ impl Builder {
 
     /// Makes the cluster and starts it.
     pub async fn start(self) -> Cluster {
-        let temporary = self.at.is_none().then(|| {
-            let folder =
-                tempfile::Builder::new().prefix("pg_dtm-").tempdir_in("/tmp").expect("a temporary folder");
-            process::give_to_server(folder.path());
-            folder
-        });
-        let root =
-            temporary.as_ref().map_or_else(|| self.at.clone().expect("a folder"), |t| t.path().to_owned());
+        // Not in a folder that is kept: the path of a socket is 107 bytes long at the most.
+        let temporary = temporary_folder();
+        let root = self.at.clone().unwrap_or_else(|| temporary.path().to_owned());
         let mut cluster = Cluster {
             server: None,
             data: root.join("data"),
-            sockets: root.join("s"),
+            sockets: temporary.path().join("s"),
             log: root.join("log"),
             port: 0,
             _folder: temporary,
@@ -83,9 +81,13 @@ impl Builder {
             let flags = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync", "-D"];
             process::run(server_command(initdb).args(flags).arg(&cluster.data));
         }
-        cluster.configure(&self.config);
-        cluster.start().await;
-        cluster
+        for _ in 0..PORTS_TRIED {
+            cluster.configure(&self.config);
+            if cluster.try_start().await.is_ok() {
+                return cluster;
+            }
+        }
+        panic!("the server did not start:\n{}", cluster.log());
     }
 }
 
@@ -96,7 +98,7 @@ impl Cluster {
     }
 
     fn configure(&mut self, lines: &[(String, String)]) {
-        self.port = free_port();
+        self.port = port::free();
         let mut text = format!(
             "listen_addresses = '127.0.0.1'\nport = {}\nunix_socket_directories = '{}'\nmax_connections = 100\n",
             self.port,
@@ -109,21 +111,59 @@ impl Cluster {
         process::give_to_server(&self.data.join("postgresql.auto.conf"));
     }
 
+    /// The server that an earlier run has left running on a folder that is kept.
+    pub fn left_running(folder: &Path) -> Option<u32> {
+        let data = folder.join("data");
+        let pid = std::fs::read_to_string(data.join("postmaster.pid")).ok()?.lines().next()?.parse().ok()?;
+        let works_in = std::fs::read_link(format!("/proc/{pid}/cwd")).ok()?;
+        (works_in == data.canonicalize().ok()?).then_some(pid)
+    }
+
     /// Starts the server, after a crash or a stop too, and waits until it takes connections.
     pub async fn start(&mut self) {
+        if self.try_start().await.is_err() {
+            panic!("the server did not start:\n{}", self.log());
+        }
+    }
+
+    /// An error: it has ended by itself, or takes too long.
+    async fn try_start(&mut self) -> Result<(), ()> {
         assert!(self.server.is_none(), "the server runs already");
         let log = File::options().create(true).append(true).open(&self.log).expect("the log");
         let errors = log.try_clone().expect("the log");
         let mut command = server_command(bin_dir().join("postgres"));
         command.arg("-D").arg(&self.data).stdin(Stdio::null()).stdout(log).stderr(errors);
-        self.server = Some(command.spawn().expect("postgres"));
-        let config = self.url("postgres");
-        let ready = process::eventually(START_DEADLINE, || async {
-            tokio_postgres::connect(&config, NoTls).await.ok()
+        let mut server = command.spawn().expect("postgres");
+        let (pid, config) = (server.id(), self.url("postgres"));
+        let started = process::eventually(START_DEADLINE, || {
+            let ended = server.try_wait().expect("wait").is_some();
+            let ready = !ended && self.is_ready(pid);
+            let config = &config;
+            async move {
+                match (ended, ready) {
+                    (true, _) => Some(Err(())),
+                    (false, true) => tokio_postgres::connect(config, NoTls).await.ok().map(|_| Ok(())),
+                    (false, false) => None,
+                }
+            }
         });
-        if ready.await.is_none() {
-            panic!("the server did not start:\n{}", std::fs::read_to_string(&self.log).unwrap_or_default());
+        let result = started.await.unwrap_or(Err(()));
+        match result {
+            Ok(()) => self.server = Some(server),
+            Err(()) => {
+                server.kill().ok();
+                server.wait().expect("wait");
+            }
         }
+        result
+    }
+
+    /// Whether this very server has its port, and not another one that answers there.
+    fn is_ready(&self, pid: u32) -> bool {
+        let text = std::fs::read_to_string(self.data.join("postmaster.pid")).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        lines.first() == Some(&pid.to_string().as_str())
+            && matches!(lines.get(7), Some(&"ready" | &"standby"))
     }
 
     /// The process id of the postmaster.
@@ -228,9 +268,11 @@ impl Drop for Cluster {
     }
 }
 
-fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("its address").port()
+/// Short, and readable by the servers' user.
+fn temporary_folder() -> TempDir {
+    let folder = tempfile::Builder::new().prefix("pg_dtm-").tempdir_in("/tmp").expect("a temporary folder");
+    process::give_to_server(folder.path());
+    folder
 }
 
 /// The processes that a process has started.

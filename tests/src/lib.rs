@@ -7,6 +7,7 @@ pub mod bench;
 pub mod cluster;
 pub mod ledger;
 pub mod pgbouncer;
+pub mod port;
 pub mod process;
 pub mod receiver;
 pub mod relay;

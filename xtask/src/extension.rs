@@ -22,7 +22,7 @@ pub fn install(workspace: &Workspace, server: &Server) -> Result<()> {
     if !SUPPORTED.contains(&major) {
         return Err(format!("PostgreSQL {major} is not supported: 15 to 18 are"));
     }
-    if !server.headers.include_server.join("postgres.h").is_file() {
+    if !server.headers.has_headers() {
         return Err(format!(
             "the headers of PostgreSQL {major} are missing in {}: install them (Debian: postgresql-server-dev-{major})",
             server.headers.include_server.display()

@@ -16,6 +16,7 @@ use crate::workspace::Workspace;
 pub fn run(workspace: &Workspace, pg_config: &Path) -> Result<ExitCode> {
     let server = Server { pg_config: PgConfig::ask(pg_config)?, headers: PgConfig::ask(pg_config)? };
     packages::ensure(workspace, Purpose::Extension)?;
+    packages::ensure_headers(workspace, &server.headers)?;
     extension::install(workspace, &server)?;
     say(&format!(
         "installed into PostgreSQL {} ({}); next, in a database: CREATE EXTENSION pg_dtm;",

@@ -6,8 +6,10 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::Result;
-use crate::apt;
+use crate::pg_config::PgConfig;
+use crate::progress::say;
 use crate::workspace::{Workspace, command_ok};
+use crate::{apt, cargo, job};
 
 /// What a command is going to do. Each includes those before it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -67,6 +69,37 @@ pub fn ensure(workspace: &Workspace, purpose: Purpose) -> Result<()> {
         ensure_user()?;
     }
     Ok(())
+}
+
+/// Makes sure of the headers that extensions are compiled with, where the PostgreSQL is Debian's: elsewhere it is not known
+/// what they are called.
+pub fn ensure_headers(workspace: &Workspace, pg_config: &PgConfig) -> Result<()> {
+    if pg_config.has_headers() || !pg_config.is_debian() {
+        return Ok(());
+    }
+    provide(workspace, &[&format!("postgresql-server-dev-{}", pg_config.major)])
+}
+
+/// Makes sure of the parts of the Rust toolchain that a minimal one lacks.
+pub fn ensure_components(workspace: &Workspace) -> Result<()> {
+    let missing: Vec<&str> = [("fmt", "rustfmt"), ("clippy", "clippy")]
+        .into_iter()
+        .filter(|(program, _)| command_ok(cargo::command(workspace).args([program, "--version"])).is_err())
+        .map(|(_, component)| component)
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if !program("rustup") {
+        return Err(format!(
+            "parts of the Rust toolchain are missing, install them with: rustup component add {}",
+            missing.join(" ")
+        ));
+    }
+    say(&format!("installing {}", missing.join(", ")));
+    let mut rustup = Command::new("rustup");
+    rustup.current_dir(&workspace.root).args(["component", "add"]).args(missing);
+    job::must(workspace, "rustup", &mut rustup, true)
 }
 
 fn provide(workspace: &Workspace, missing: &[&str]) -> Result<()> {

@@ -43,6 +43,20 @@ impl PgConfig {
             program,
         })
     }
+
+    /// Whether extensions can be compiled for it.
+    pub fn has_headers(&self) -> bool {
+        self.include_server.join("postgres.h").is_file()
+    }
+
+    /// Whether it lies where Debian's packages put theirs.
+    pub fn is_debian(&self) -> bool {
+        is_debian(&self.program, self.major)
+    }
+}
+
+fn is_debian(program: &Path, major: u32) -> bool {
+    program == Path::new(&format!("/usr/lib/postgresql/{major}/bin/pg_config"))
 }
 
 /// The major version in `PostgreSQL 15.20 (Debian ...)`, `PostgreSQL 18beta1`, `postgres (PostgreSQL) 16.14`.
@@ -55,6 +69,13 @@ fn major(version: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn debians_is_known_by_its_place() {
+        assert!(is_debian(Path::new("/usr/lib/postgresql/15/bin/pg_config"), 15));
+        assert!(!is_debian(Path::new("/usr/lib/postgresql/15/bin/pg_config"), 16));
+        assert!(!is_debian(Path::new("/usr/local/pgsql/bin/pg_config"), 15));
+    }
 
     #[test]
     fn majors() {

@@ -19,6 +19,9 @@ const TAIL_LINES: usize = 150;
 /// Runs everything, or the tests whose names contain `filter`. `all`: the slow tests on every version.
 pub fn run(workspace: &Workspace, all: bool, filter: Option<&str>) -> Result<ExitCode> {
     packages::ensure(workspace, Purpose::Tests)?;
+    if filter.is_none() {
+        packages::ensure_components(workspace)?;
+    }
     let mut report = Report { workspace, tally: Tally::default() };
     if filter.is_none() {
         report.lints()?;

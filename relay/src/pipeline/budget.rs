@@ -4,21 +4,53 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-
 /// A subscription that holds nothing may always read a page of this size, whatever the others hold.
 const ALWAYS: usize = 64 * 1024;
 
 /// The bytes that all pipelines of the relay may hold together.
 #[derive(Clone, Debug)]
 pub struct Budget {
-    bytes: Arc<Semaphore>,
+    used: Arc<AtomicUsize>,
+    limit: usize,
 }
 
 impl Budget {
     /// A budget of so many bytes.
     pub fn new(bytes: usize) -> Self {
-        Budget { bytes: Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS))) }
+        Budget { used: Arc::default(), limit: bytes }
+    }
+
+    /// Takes bytes that are free.
+    fn take(&self, bytes: usize) -> Option<Charge> {
+        let room = |used: usize| used.checked_add(bytes).filter(|&sum| sum <= self.limit);
+        self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).ok()?;
+        Some(Charge { used: self.used.clone(), bytes })
+    }
+}
+
+/// Bytes that are counted in a sum until it is dropped.
+#[derive(Debug)]
+struct Charge {
+    used: Arc<AtomicUsize>,
+    bytes: usize,
+}
+
+impl Charge {
+    fn nothing(used: &Arc<AtomicUsize>) -> Self {
+        Charge { used: used.clone(), bytes: 0 }
+    }
+
+    /// Counts so many from now on, also past a limit: what is in memory is in memory.
+    fn amount_to(&mut self, bytes: usize) {
+        self.used.fetch_add(bytes, Ordering::Relaxed);
+        self.used.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.bytes = bytes;
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.used.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -33,22 +65,21 @@ pub struct Share {
 /// Room for a page that is being read.
 #[derive(Debug)]
 pub struct Room {
-    permit: Option<OwnedSemaphorePermit>,
+    charge: Charge,
     bytes: usize,
 }
 
 /// A page in memory, until the last of its events is dropped.
 #[derive(Debug)]
 pub struct Held {
-    _permit: Option<OwnedSemaphorePermit>,
-    bytes: usize,
-    held: Arc<AtomicUsize>,
+    _of_all: Charge,
+    _of_share: Charge,
 }
 
 impl Share {
     /// A share that never holds more than `limit` bytes and one page.
     pub fn new(budget: Budget, limit: usize) -> Self {
-        Share { budget, held: Arc::new(AtomicUsize::new(0)), limit }
+        Share { budget, held: Arc::default(), limit }
     }
 
     /// Room for a page of about so many bytes; `None`: first something has to be delivered.
@@ -57,22 +88,25 @@ impl Share {
         if held >= self.limit {
             return None;
         }
-        let permits = u32::try_from(bytes).ok()?;
-        match self.budget.bytes.clone().try_acquire_many_owned(permits) {
-            Ok(permit) => Some(Room { permit: Some(permit), bytes }),
-            Err(_) if held == 0 => Some(Room { permit: None, bytes: bytes.min(ALWAYS) }),
-            Err(_) => None,
+        match self.budget.take(bytes) {
+            Some(charge) => Some(Room { charge, bytes }),
+            None if held == 0 => {
+                let mut charge = Charge::nothing(&self.budget.used);
+                let bytes = bytes.min(ALWAYS);
+                charge.amount_to(bytes);
+                Some(Room { charge, bytes })
+            }
+            None => None,
         }
     }
 
-    /// The page has come and has so many bytes.
+    /// The page has come and has so many bytes. They can be more than there was room for, since the last event of a page may
+    /// go beyond it: then nobody gets room until the excess is gone.
     pub fn hold(&self, room: Room, bytes: usize) -> Arc<Held> {
-        let permit = room.permit.map(|mut permit| {
-            drop(permit.split(permit.num_permits().saturating_sub(bytes)));
-            permit
-        });
-        self.held.fetch_add(bytes, Ordering::Relaxed);
-        Arc::new(Held { _permit: permit, bytes, held: self.held.clone() })
+        let (mut of_all, mut of_share) = (room.charge, Charge::nothing(&self.held));
+        of_all.amount_to(bytes);
+        of_share.amount_to(bytes);
+        Arc::new(Held { _of_all: of_all, _of_share: of_share })
     }
 }
 
@@ -83,24 +117,49 @@ impl Room {
     }
 }
 
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.held.fetch_sub(self.bytes, Ordering::Relaxed);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn used(budget: &Budget) -> usize {
+        budget.used.load(Ordering::Relaxed)
+    }
 
     #[test]
     fn what_a_page_does_not_need_is_given_back() {
         let budget = Budget::new(1_000);
         let share = Share::new(budget.clone(), 1_000);
         let page = share.hold(share.room(800).unwrap(), 100);
-        assert_eq!(budget.bytes.available_permits(), 900);
+        assert_eq!(used(&budget), 100);
         drop(page);
-        assert_eq!(budget.bytes.available_permits(), 1_000);
+        assert_eq!(used(&budget), 0);
+        drop(share.room(800).unwrap());
+        assert_eq!(used(&budget), 0, "nor does a page that never came keep its room");
+    }
+
+    #[test]
+    fn a_page_larger_than_its_room_counts_whole_and_is_paid_for_before_the_next() {
+        let budget = Budget::new(1_000);
+        let (first, second) = (Share::new(budget.clone(), 10_000), Share::new(budget.clone(), 10_000));
+        let large = first.hold(first.room(100).unwrap(), 5_000);
+        let small = second.hold(second.room(100).unwrap(), 10);
+        assert_eq!(used(&budget), 5_010);
+        assert!(first.room(1).is_none() && second.room(1).is_none());
+        drop(large);
+        assert!(first.room(990).is_some() && second.room(990).is_some());
+        drop(small);
+        assert_eq!(used(&budget), 0);
+    }
+
+    #[test]
+    fn a_page_that_is_read_although_nothing_is_free_counts_too() {
+        let budget = Budget::new(10);
+        let share = Share::new(budget.clone(), usize::MAX);
+        let page = share.hold(share.room(100).unwrap(), 1_000);
+        assert_eq!(used(&budget), 1_000);
+        assert!(share.room(1).is_none());
+        drop(page);
+        assert_eq!(used(&budget), 0);
     }
 
     #[test]

@@ -35,7 +35,8 @@ impl<T> Lanes<T> {
             Some(key) => match self.busy.get_mut(key) {
                 Some(waiting) => waiting.push_back(event),
                 None => {
-                    self.busy.insert(key.clone(), VecDeque::new());
+                    // A copy: a slice of its page would keep that in memory for as long as the key is busy.
+                    self.busy.insert(ByteString::from(&**key), VecDeque::new());
                     self.ready.push_back(event);
                 }
             },

@@ -26,6 +26,9 @@ use crate::source::pages::{PageRequest, Pages, Wanted};
 /// After a page that could not be read.
 const READ_AGAIN: Duration = Duration::from_secs(5);
 
+/// How often it is told that a subscription cannot be delivered.
+pub const TELL_EVERY: Duration = Duration::from_secs(60);
+
 /// The bounds of a pipeline.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
@@ -78,22 +81,30 @@ struct Reading {
 }
 
 impl Pipeline {
-    /// Delivers until it is asked to stop, is fenced, or cannot go on. An error is one of the database connection.
+    /// Delivers until it is asked to stop or is fenced. What keeps it from delivering is told again and again, for as long
+    /// as it is so. An error is one of the database connection.
     pub async fn run(self) -> Result<(), SourceError> {
         let Owner { subscription, shard, epoch, .. } = self.owner;
-        let Some(cursor) = self.pages.cursor(subscription, shard, epoch).await? else {
-            tracing::error!(
-                subscription = self.name,
-                hint = "dtm.rewind sets one: to 'now', to 'earliest', or to a time",
-                "it has no cursor and is not delivered"
-            );
-            return Ok(());
-        };
-        match Flow::new(cursor, self.eras.clone(), &self.options) {
-            Ok(flow) => self.work(flow).await,
-            Err(error) => {
-                tracing::error!(subscription = self.name, "it is not delivered: {error}");
-                Ok(())
+        loop {
+            let again_at = match self.pages.cursor(subscription, shard, epoch).await {
+                Ok(Some(cursor)) => match Flow::new(cursor, self.eras.clone(), &self.options) {
+                    Ok(flow) => return self.work(flow).await,
+                    Err(error) => {
+                        let hint = "dtm.rewind gives it a cursor that the database knows";
+                        tracing::error!(subscription = self.name, hint, "it is not delivered: {error}");
+                        Instant::now() + TELL_EVERY
+                    }
+                },
+                Ok(None) => {
+                    let hint = "dtm.rewind sets one: to 'now', to 'earliest', or to a time";
+                    tracing::error!(subscription = self.name, hint, "it has no cursor and is not delivered");
+                    Instant::now() + TELL_EVERY
+                }
+                Err(error) => self.unreadable(error)?,
+            };
+            tokio::select! {
+                () = tokio::time::sleep_until(again_at) => {}
+                () = self.drain.cancelled() => return Ok(()),
             }
         }
     }

@@ -2,12 +2,14 @@
 //! Storing how far each subscription has come: all cursors that moved in one statement, a few times a second.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
+use tokio_postgres::Statement;
 use tokio_util::sync::CancellationToken;
 
 use super::error::SourceError;
@@ -19,6 +21,12 @@ const EVERY: Duration = Duration::from_millis(100);
 
 /// A move that says no more than "nothing for this subscription came by" may wait this long.
 const IDLE_EVERY: Duration = Duration::from_secs(1);
+
+/// After a statement that the database refused.
+const REFUSED: Duration = Duration::from_millis(500);
+
+/// A refusal that stays is told so often.
+const TELL_EVERY: Duration = Duration::from_secs(60);
 
 /// Whose cursor it is, and by which right it is moved.
 #[derive(Clone, Debug)]
@@ -50,6 +58,8 @@ struct Move {
     owner: Owner,
     cursor: Cursor,
     due: Instant,
+    /// It covers events.
+    delivered: bool,
 }
 
 #[derive(Default)]
@@ -58,6 +68,8 @@ struct Waiting {
     moves: HashMap<(i64, i32), Move>,
     /// How many barriers were asked for.
     barriers: u64,
+    /// Moves that cover events were taken, and it is not known yet whether they are stored.
+    under_way: bool,
 }
 
 /// Where pipelines leave their moves.
@@ -75,8 +87,11 @@ impl Cursors {
         let due = if delivered { now } else { now + IDLE_EVERY };
         let mut waiting = self.lock();
         let key = (owner.subscription, owner.shard);
-        let due = waiting.moves.get(&key).map_or(due, |earlier| earlier.due.min(due));
-        waiting.moves.insert(key, Move { owner: owner.clone(), cursor, due });
+        let (due, delivered) = waiting
+            .moves
+            .get(&key)
+            .map_or((due, delivered), |earlier| (earlier.due.min(due), earlier.delivered || delivered));
+        waiting.moves.insert(key, Move { owner: owner.clone(), cursor, due, delivered });
         drop(waiting);
         self.arrived.notify_one();
     }
@@ -93,6 +108,12 @@ impl Cursors {
         let _ = passed.wait_for(|&passed| passed >= mine).await;
     }
 
+    /// Whether events are delivered that no stored cursor covers: they would be delivered again.
+    pub fn has_unstored(&self) -> bool {
+        let waiting = self.lock();
+        waiting.under_way || waiting.moves.values().any(|entry| entry.delivered)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -101,9 +122,34 @@ impl Cursors {
     fn take(&self, now: Instant) -> (Vec<Move>, u64) {
         let mut waiting = self.lock();
         let all = waiting.barriers > *self.passed.borrow();
-        let due =
+        let due: Vec<Move> =
             waiting.moves.extract_if(|_, entry| all || entry.due <= now).map(|(_, entry)| entry).collect();
+        waiting.under_way = due.iter().any(|entry| entry.delivered);
         (due, waiting.barriers)
+    }
+
+    /// What was taken is stored, or refused for good.
+    fn settled(&self, barriers: u64) {
+        self.lock().under_way = false;
+        self.passed.send_replace(barriers);
+    }
+
+    /// What was taken could not be stored: it is due again, except where there is a newer move, which says more.
+    fn put_back(&self, moves: Vec<Move>, now: Instant) {
+        let mut waiting = self.lock();
+        for entry in moves {
+            match waiting.moves.entry((entry.owner.subscription, entry.owner.shard)) {
+                Entry::Vacant(place) => {
+                    place.insert(Move { due: now, ..entry });
+                }
+                Entry::Occupied(mut newer) => {
+                    let newer = newer.get_mut();
+                    newer.due = now;
+                    newer.delivered |= entry.delivered;
+                }
+            }
+        }
+        waiting.under_way = false;
     }
 
     fn next_due(&self) -> Option<Instant> {
@@ -120,25 +166,48 @@ impl Cursors {
     }
 }
 
-/// Stores moves until the connection fails.
+/// Stores moves until the connection fails. What is delivered does not depend on it: a table that somebody has locked for
+/// long holds up the cursors alone.
 pub async fn follow(link: Link, cursors: Arc<Cursors>) -> Result<Infallible, SourceError> {
     let sql = "SELECT position_ids, fenced FROM dtm.relay_move($1, $2, $3, $4, $5, $6, $7, $8)";
     let statement = link.prepare("moving cursors", sql).await?;
+    let mut told: Option<(SourceError, Instant)> = None;
     loop {
         cursors.wait().await;
         let begun = Instant::now();
         let (moves, barriers) = cursors.take(begun);
-        if !moves.is_empty() {
-            let batch = Batch::of(&moves);
-            let row = link.query_one("moving cursors", &statement, &batch.parameters()).await?;
-            batch.stored(row.get(0))?;
-            refuse(&moves, row.get(1));
+        if moves.is_empty() {
+            cursors.settled(barriers);
+            continue;
         }
-        cursors.passed.send_replace(barriers);
-        if !moves.is_empty() {
-            tokio::time::sleep_until(begun + EVERY).await;
+        match store(&link, &statement, &moves).await {
+            Ok(()) => {
+                told = None;
+                cursors.settled(barriers);
+                tokio::time::sleep_until(begun + EVERY).await;
+            }
+            Err(error) => {
+                let now = Instant::now();
+                cursors.put_back(moves, now);
+                if !error.spares_connection() {
+                    return Err(error);
+                }
+                if !told.as_ref().is_some_and(|(before, at)| *before == error && now < *at + TELL_EVERY) {
+                    tracing::error!(hint = error.hint(), "{error}; a crash repeats what was delivered since");
+                    told = Some((error, now));
+                }
+                tokio::time::sleep(REFUSED).await;
+            }
         }
     }
+}
+
+async fn store(link: &Link, statement: &Statement, moves: &[Move]) -> Result<(), SourceError> {
+    let batch = Batch::of(moves);
+    let row = link.query_one("moving cursors", statement, &batch.parameters()).await?;
+    batch.stored(row.get(0))?;
+    refuse(moves, row.get(1));
+    Ok(())
 }
 
 fn refuse(moves: &[Move], fenced: Vec<i64>) {
@@ -214,73 +283,5 @@ impl<'a> Batch<'a> {
 }
 
 #[cfg(test)]
-mod tests {
-    use dtm_core::position::Position;
-
-    use super::*;
-
-    fn mark() -> Arc<Mark> {
-        Mark::new(Position::start_of_era(1))
-    }
-
-    fn owner(subscription: i64) -> Owner {
-        Owner { subscription, shard: 0, epoch: 1, token: 1, fenced: CancellationToken::new() }
-    }
-
-    fn cursor(position: &Arc<Mark>, target: Option<&Arc<Mark>>) -> Cursor {
-        Cursor { position: position.clone(), target: target.cloned(), acked: 0 }
-    }
-
-    #[test]
-    fn what_was_delivered_is_due_at_once_and_the_rest_later() {
-        let cursors = Cursors::default();
-        cursors.moved(&owner(1), cursor(&mark(), None), false);
-        cursors.moved(&owner(2), cursor(&mark(), None), true);
-        let (due, _) = cursors.take(Instant::now());
-        assert_eq!(due.iter().map(|entry| entry.owner.subscription).collect::<Vec<_>>(), [2]);
-        assert!(cursors.take(Instant::now()).0.is_empty());
-        assert_eq!(cursors.take(Instant::now() + IDLE_EVERY).0.len(), 1);
-    }
-
-    #[test]
-    fn a_later_move_replaces_an_earlier_one_and_does_not_put_it_off() {
-        let cursors = Cursors::default();
-        let newest = mark();
-        cursors.moved(&owner(1), cursor(&mark(), None), true);
-        cursors.moved(&owner(1), cursor(&newest, None), false);
-        let (due, _) = cursors.take(Instant::now());
-        assert_eq!(due.len(), 1);
-        assert!(Arc::ptr_eq(&due[0].cursor.position, &newest));
-    }
-
-    #[test]
-    fn a_position_is_stored_once_for_all_that_stand_at_it() {
-        let (shared, target) = (mark(), mark());
-        let owners = [owner(1), owner(2), owner(3)];
-        let targets = [None, Some(&target), Some(&shared)];
-        let moves: Vec<Move> = std::iter::zip(&owners, targets)
-            .map(|(owner, target)| Move {
-                owner: owner.clone(),
-                cursor: cursor(&shared, target),
-                due: Instant::now(),
-            })
-            .collect();
-        let batch = Batch::of(&moves);
-        assert_eq!(batch.positions, [-1, -1, -1]);
-        assert_eq!(batch.targets, [None, Some(-2), Some(-1)]);
-        batch.stored(vec![70, 71]).unwrap();
-        let again = Batch::of(&moves);
-        assert_eq!((again.new_positions.len(), again.positions), (0, vec![70, 70, 70]));
-        assert_eq!(again.targets, [None, Some(71), Some(70)]);
-        assert!(batch.stored(vec![1]).is_err());
-    }
-
-    #[test]
-    fn only_the_refused_are_fenced() {
-        let moves: Vec<Move> = [1, 2]
-            .map(|id| Move { owner: owner(id), cursor: cursor(&mark(), None), due: Instant::now() })
-            .into();
-        refuse(&moves, vec![2]);
-        assert!(!moves[0].owner.fenced.is_cancelled() && moves[1].owner.fenced.is_cancelled());
-    }
-}
+#[path = "cursors_tests.rs"]
+mod tests;

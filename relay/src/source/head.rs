@@ -43,7 +43,21 @@ impl Pace {
     fn in_quiet(&self, quiet: Duration) -> Duration {
         (quiet / 20).clamp(self.busy, self.idle)
     }
+
+    /// The least pause after a look that found something, by how long the last ones took. Such a look copies the server's
+    /// table of locks, and everybody who takes or releases one waits meanwhile; with very many locks that is milliseconds,
+    /// and looks without a pause between them would stand in the way of those who publish. `usual` is what a look may take.
+    fn after_slow_looks(&self, last: [Duration; 3], usual: Duration) -> Duration {
+        // The shortest: one that took long by chance tells nothing about the next.
+        let took = last.into_iter().min().unwrap_or_default();
+        (took.saturating_sub(usual) * PAUSE_FOR_SLOWNESS).min(self.idle)
+    }
 }
+
+const PAUSE_FOR_SLOWNESS: u32 = 10;
+
+/// What a look may take beyond the way there and back: it waits until what it has seen is flushed.
+const USUAL_LOOK: Duration = Duration::from_millis(5);
 
 /// One waiting call: it ends by itself, so that a relay that has gone leaves nothing behind for long.
 const WAIT_MS: i32 = 2_000;
@@ -57,10 +71,14 @@ pub async fn follow(
 ) -> Result<Infallible, SourceError> {
     let poll = link.prepare("reading the head", "SELECT dtm.relay_poll($1)").await?;
     let mut wait = if greeting.preloaded { Some(prepare_wait(&link).await?) } else { None };
+    let usual = round_trip(&link).await? + USUAL_LOOK;
     let mut known: Head = None;
     let mut moved_at = Instant::now();
+    let mut looks = [Duration::ZERO; 3];
     loop {
+        let asked_at = Instant::now();
         if let Some(mark) = look(&link, &poll, known.as_deref()).await? {
+            looks = [looks[1], looks[2], asked_at.elapsed()];
             if mark.era() != greeting.era {
                 return Err(SourceError::Unreachable("the database has begun a new era".into()));
             }
@@ -69,7 +87,7 @@ pub async fn follow(
             moved_at = Instant::now();
             heads.send_replace(Some(mark.clone()));
             known = Some(mark);
-            tokio::time::sleep(pause).await;
+            tokio::time::sleep(pause.max(pace.after_slow_looks(looks, usual))).await;
             continue;
         }
         match (&wait, &known) {
@@ -84,6 +102,17 @@ pub async fn follow(
             _ => tokio::time::sleep(pace.in_quiet(moved_at.elapsed())).await,
         }
     }
+}
+
+/// The way to the server and back, of several the shortest: a server far away is no slow one.
+async fn round_trip(link: &Link) -> Result<Duration, SourceError> {
+    let mut shortest = Duration::MAX;
+    for _ in 0..3 {
+        let asked_at = Instant::now();
+        link.batch("measuring the way", "").await?;
+        shortest = shortest.min(asked_at.elapsed());
+    }
+    Ok(shortest)
 }
 
 async fn look(link: &Link, poll: &Statement, known: Option<&Mark>) -> Result<Head, SourceError> {
@@ -124,6 +153,18 @@ mod tests {
         assert_eq!(pace.in_quiet(ms(100)), ms(5));
         assert_eq!(pace.in_quiet(ms(1_000)), ms(50));
         assert_eq!(pace.in_quiet(ms(60_000)), ms(100));
+    }
+
+    #[test]
+    fn slow_looks_are_followed_by_ten_times_their_excess_and_never_by_more_than_the_idle_pause() {
+        let ms = Duration::from_millis;
+        let pace = Pace { busy: ms(1), idle: ms(100) };
+        let after = |last: [u64; 3], usual| pace.after_slow_looks(last.map(ms), ms(usual));
+        assert_eq!(after([2, 2, 2], 5), ms(0), "a flush is no slowness");
+        assert_eq!(after([25, 25, 25], 25), ms(0), "nor is a long way");
+        assert_eq!(after([2, 60, 60], 5), ms(0), "nor is chance");
+        assert_eq!(after([9, 10, 12], 5), ms(40));
+        assert_eq!(after([500, 500, 500], 5), ms(100));
     }
 
     #[test]

@@ -27,6 +27,19 @@ pub struct Stored {
     pub state: String,
     /// Why it is paused, if that was not asked for.
     pub reason: Option<String>,
+    /// Where it goes on from.
+    pub cursor: Cursor,
+}
+
+/// Whether a subscription has a place to go on from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cursor {
+    /// It has.
+    Usable,
+    /// It has one in an era that the database does not know.
+    OfUnknownEra,
+    /// It has none.
+    Missing,
 }
 
 const WHAT: &str = "inspecting";
@@ -74,17 +87,20 @@ const MISSING: &str = "
     ) AS missing
     ORDER BY rank, privilege";
 
-/// Introduces the relay as a run does, and takes it back: a first relay leaves its environment in the database.
-pub async fn greet(link: &Link, environment: &str) -> Result<Greeting, SourceError> {
+/// Introduces the relay as a run does, looks at the subscriptions as that leaves them (it pauses those of a database that
+/// was restored), and takes everything back: a first relay leaves its environment in the database.
+pub async fn greet(link: &Link, environment: &str) -> Result<(Greeting, Vec<Stored>), SourceError> {
     link.batch(WHAT, "BEGIN").await?;
-    let greeting = hello::hello(link, environment).await;
+    let seen = async { Ok((hello::hello(link, environment).await?, subscriptions(link).await?)) }.await;
     link.batch(WHAT, "ROLLBACK").await?;
-    greeting
+    seen
 }
 
-/// All subscriptions.
-pub async fn subscriptions(link: &Link) -> Result<Vec<Stored>, SourceError> {
-    let sql = "SELECT name, destination, options, state, reason FROM dtm.subscription ORDER BY name";
+async fn subscriptions(link: &Link) -> Result<Vec<Stored>, SourceError> {
+    let sql = "SELECT name, destination, options, state, reason, \
+               (SELECT EXISTS (SELECT FROM dtm.eras e WHERE e.era = dtm.position_era(c.\"position\")) \
+                FROM dtm.relay_cursor(id, 0, epoch) c) \
+               FROM dtm.subscription ORDER BY name";
     let rows = link.query(WHAT, sql, &[]).await?;
     let stored = |row: &tokio_postgres::Row| Stored {
         name: row.get(0),
@@ -92,6 +108,11 @@ pub async fn subscriptions(link: &Link) -> Result<Vec<Stored>, SourceError> {
         options: row.get(2),
         state: row.get(3),
         reason: row.get(4),
+        cursor: match row.get(5) {
+            Some(true) => Cursor::Usable,
+            Some(false) => Cursor::OfUnknownEra,
+            None => Cursor::Missing,
+        },
     };
     Ok(rows.iter().map(stored).collect())
 }

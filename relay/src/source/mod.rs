@@ -11,6 +11,7 @@ pub mod inspect;
 pub mod leases;
 pub mod link;
 pub mod mark;
+pub mod origin;
 pub mod pages;
 pub mod passfile;
 pub mod settings;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: PostgreSQL
 //! `cargo xtask up`: a development cluster that is kept, a relay and a receiver that prints what arrives, until Ctrl-C.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use dtm_tests::cluster::Cluster;
@@ -12,10 +13,17 @@ use dtm_tests::relay::Relay;
 const DATABASE: &str = "dev";
 
 #[tokio::main(flavor = "current_thread")]
-async fn main() {
+async fn main() -> ExitCode {
     let folder = PathBuf::from(
         std::env::var_os("DTM_UP_DIR").expect("DTM_UP_DIR is not set: run this by cargo xtask"),
     );
+    let _lock = match alone(&folder) {
+        Ok(lock) => lock,
+        Err(problem) => {
+            eprintln!("up: {problem}");
+            return ExitCode::FAILURE;
+        }
+    };
     let mut cluster =
         Cluster::builder().preload().config("max_prepared_transactions", "20").at(&folder).start().await;
     let admin = cluster.connect("postgres").await;
@@ -54,4 +62,21 @@ async fn main() {
     receiver.kill().ok();
     receiver.wait().ok();
     cluster.stop().await;
+    ExitCode::SUCCESS
+}
+
+/// Keeps others off the folder while the answer lives: a second one would rewrite the configuration of the first.
+fn alone(folder: &Path) -> Result<File, String> {
+    let failed = |error: std::io::Error| format!("{}: {error}", folder.display());
+    std::fs::create_dir_all(folder).map_err(failed)?;
+    let lock = File::create(folder.join("lock")).map_err(failed)?;
+    if lock.try_lock().is_err() {
+        return Err(format!("it runs already on {}; end that one first, by Ctrl-C", folder.display()));
+    }
+    match Cluster::left_running(folder) {
+        Some(pid) => {
+            Err(format!("its PostgreSQL still runs from an earlier time; end it first: kill -INT {pid}"))
+        }
+        None => Ok(lock),
+    }
 }

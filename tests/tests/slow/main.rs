@@ -4,7 +4,10 @@
 mod commands;
 mod connections;
 mod load;
+mod numbered;
 mod outages;
 mod pgbouncer;
 mod relay_crash;
 mod server_crash;
+mod shutdown;
+mod undeliverable;

@@ -1,92 +1,16 @@
 // SPDX-License-Identifier: PostgreSQL
 //! What is away comes back: endpoints, servers, relays. What is there meanwhile goes on.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use dtm_tests::cluster::Cluster;
-use dtm_tests::receiver::{Received, Receiver, Reply};
+use dtm_tests::receiver::{Receiver, Reply};
 use dtm_tests::relay::Relay;
-use tokio_postgres::Client;
+use tokio::net::{TcpListener, TcpStream};
 
-const DEADLINE: Duration = Duration::from_secs(40);
-const EAGER: &str = r#"{"timeout": 2, "retry_base": "50ms", "retry_cap": "500ms"}"#;
-
-async fn subscribe(client: &Client, name: &str, topic: &str, receiver: &Receiver) {
-    let sql = format!("SELECT dtm.subscribe($1, $2, $3, '{EAGER}')");
-    client.execute(&sql, &[&name, &topic, &receiver.url()]).await.expect("subscribe");
-}
-
-/// Publishes payloads `first` to `last`, each in a transaction of its own, under keys by the remainder of 5.
-async fn publish(client: &Client, topic: &str, first: i32, last: i32) {
-    for n in first..=last {
-        let key = format!("k{}", n % 5);
-        let sql = "SELECT dtm.publish($1, to_jsonb($2::int), key => $3)";
-        client.execute(sql, &[&topic, &n, &key]).await.expect("publish");
-    }
-}
-
-fn number(received: &Received) -> i32 {
-    str::from_utf8(&received.body).expect("UTF-8").parse().expect("a number")
-}
-
-/// Numbers that were accepted, each at its first arrival.
-fn arrived(received: &[Received]) -> Vec<i32> {
-    let mut numbers = Vec::new();
-    for n in received.iter().filter(|request| request.accepted).map(number) {
-        if !numbers.contains(&n) {
-            numbers.push(n);
-        }
-    }
-    numbers
-}
-
-async fn wait_for_all(receiver: &Receiver, last: i32) {
-    let what = format!("1 to {last}");
-    receiver.wait_until(&what, DEADLINE, |received| arrived(received).len() >= last as usize).await;
-    let numbers = arrived(&receiver.received());
-    for key in 0..5 {
-        let of_key: Vec<i32> = numbers.iter().copied().filter(|n| n % 5 == key).collect();
-        assert!(of_key.is_sorted(), "order of key k{key}: {of_key:?}");
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn sigterm_waits_for_what_is_in_flight_exits_with_0_and_nothing_is_sent_twice() {
-    let cluster = Cluster::builder().preload().start().await;
-    cluster.create_database("shop").await;
-    let client = cluster.connect("shop").await;
-    let receiver = Receiver::start_with(|_| Reply::slow(200, Duration::from_millis(300))).await;
-    subscribe(&client, "s", "t", &receiver).await;
-    let many = "SELECT dtm.publish('t', to_jsonb(n)) FROM generate_series(1, 200) n";
-    client.execute(many, &[]).await.expect("publish");
-    let mut relay = Relay::start(&cluster.url("shop"));
-    receiver.wait_for(40).await;
-    assert!(relay.terminate().await.success());
-    let sent = receiver.count();
-    assert!(sent < 200, "it was not stopped in the middle");
-    relay.restart();
-    receiver.wait_until("all", DEADLINE, |received| arrived(received).len() == 200).await;
-    assert!(relay.terminate().await.success());
-    assert_eq!(receiver.count(), 200, "something was sent twice");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn sigterm_gives_up_an_endpoint_that_never_answers_and_exits_with_0() {
-    let cluster = Cluster::builder().start().await;
-    cluster.create_database("shop").await;
-    let client = cluster.connect("shop").await;
-    let receiver = Receiver::start_with(|_| Reply::Hang).await;
-    let sql = "SELECT dtm.subscribe('s', 't', $1, '{\"timeout\": \"10min\"}')";
-    client.execute(sql, &[&receiver.url()]).await.expect("subscribe");
-    let toml = format!("shutdown = 1\n[database.shop]\nurl = \"{}\"\n", cluster.url("shop"));
-    let mut relay = Relay::start_configured(&toml);
-    publish(&client, "t", 1, 1).await;
-    receiver.wait_for(1).await;
-    assert!(relay.terminate().await.success());
-    receiver.behave(|_| Reply::status(200));
-    relay.restart();
-    wait_for_all(&receiver, 1).await;
-}
+use crate::numbered::{DEADLINE, arrived, number, publish, subscribe, times, wait_for_all};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_endpoint_that_is_away_or_misbehaves_gets_everything_in_order_and_holds_up_no_other() {
@@ -126,6 +50,11 @@ async fn an_endpoint_that_is_away_or_misbehaves_gets_everything_in_order_and_hol
     bad.behave(|_| Reply::status(200));
     wait_for_all(&bad, 62).await;
 }
+
+/// Seconds.
+const DEFAULT_LEASE: f64 = 3.0;
+/// By how many seconds a relay's own beat may be late on a loaded machine.
+const LOADED: f64 = 2.0;
 
 /// Ticks of processor time that a process has used.
 fn ticks(pid: u32) -> u64 {
@@ -194,9 +123,8 @@ async fn another_relay_takes_over_from_one_that_stands_still_and_is_not_disturbe
     let client = cluster.connect("shop").await;
     let receiver = Receiver::start().await;
     subscribe(&client, "s", "t", &receiver).await;
-    let configured = |name: &str| {
-        format!("name = \"{name}\"\nlease = 1\n[database.shop]\nurl = \"{}\"\n", cluster.url("shop"))
-    };
+    let configured =
+        |name: &str| format!("name = \"{name}\"\n[database.shop]\nurl = \"{}\"\n", cluster.url("shop"));
     let mut first = Relay::start_configured(&configured("first"));
     publish(&client, "t", 1, 10).await;
     wait_for_all(&receiver, 10).await;
@@ -208,6 +136,13 @@ async fn another_relay_takes_over_from_one_that_stands_still_and_is_not_disturbe
     let owner: String =
         client.query_one("SELECT owner FROM dtm.subscriptions", &[]).await.expect("owner").get(0);
     assert_eq!(owner, "second");
+    // By the database's clock: how long this test had to wait for a processor does not count.
+    let sql = "SELECT extract(epoch FROM max(l.taken_at) - max(h.expires_at))::float8 \
+               FROM dtm.lease_log l, dtm.heartbeat_log h WHERE h.name = 'first'";
+    let after_expiry: f64 = client.query_one(sql, &[]).await.expect("times").get(0);
+    let silent = after_expiry + DEFAULT_LEASE;
+    assert!(after_expiry > 0.0, "it was taken while it was held");
+    assert!(silent < 5.0 + LOADED, "it was taken {silent} s after the owner's last sign of life");
     first.go_on();
     publish(&client, "t", 31, 60).await;
     wait_for_all(&receiver, 60).await;
@@ -216,4 +151,71 @@ async fn another_relay_takes_over_from_one_that_stands_still_and_is_not_disturbe
     wait_for_all(&receiver, 70).await;
     assert!(first.terminate().await.success());
     assert_eq!(arrived(&receiver.received()).len(), 70);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_locked_for_longer_than_the_relay_waits_holds_up_the_cursors_alone() {
+    let cluster = Cluster::builder().preload().start().await;
+    cluster.create_database("shop").await;
+    let client = cluster.connect("shop").await;
+    let receiver = Receiver::start().await;
+    subscribe(&client, "s", "t", &receiver).await;
+    let mut relay = Relay::start(&cluster.url("shop"));
+    publish(&client, "t", 1, 10).await;
+    wait_for_all(&receiver, 10).await;
+    let locker = cluster.connect("shop").await;
+    locker
+        .batch_execute("BEGIN; LOCK TABLE dtm.cursor_log_1 IN ACCESS EXCLUSIVE MODE")
+        .await
+        .expect("a lock");
+    publish(&client, "t", 11, 20).await;
+    relay.wait_for_log("lock timeout").await;
+    publish(&client, "t", 21, 30).await;
+    wait_for_all(&receiver, 30).await;
+    locker.batch_execute("COMMIT").await.expect("commit");
+    publish(&client, "t", 31, 40).await;
+    wait_for_all(&receiver, 40).await;
+    assert!(relay.terminate().await.success());
+    assert!(!relay.log().contains("database away"), "it went on as if nothing had been");
+    relay.restart();
+    publish(&client, "t", 41, 45).await;
+    wait_for_all(&receiver, 45).await;
+    assert!(relay.terminate().await.success());
+    assert_eq!(times(&receiver, 45), [1; 45]);
+}
+
+/// Listens on a port of its own, and leads connections to servers by turns; later to the first of them alone.
+async fn by_turns(ports: [u16; 2], first_alone: Arc<AtomicBool>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("its address").port();
+    tokio::spawn(async move {
+        for turn in 0.. {
+            let (mut client, _) = listener.accept().await.expect("a connection");
+            let at = if first_alone.load(Ordering::SeqCst) { 0 } else { turn % 2 };
+            let mut server = TcpStream::connect(("127.0.0.1", ports[at])).await.expect("a server");
+            tokio::spawn(async move { tokio::io::copy_bidirectional(&mut client, &mut server).await });
+        }
+    });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_reach_different_servers_deliver_nothing_until_they_reach_one() {
+    let (first, second) = (Cluster::builder().start().await, Cluster::builder().start().await);
+    let receiver = Receiver::start().await;
+    for cluster in [&first, &second] {
+        cluster.create_database("shop").await;
+        let client = cluster.connect("shop").await;
+        subscribe(&client, "s", "t", &receiver).await;
+        publish(&client, "t", 1, 5).await;
+    }
+    let first_alone = Arc::new(AtomicBool::new(false));
+    let port = by_turns([first.port(), second.port()], first_alone.clone()).await;
+    let mut relay = Relay::start(&format!("postgres://postgres@127.0.0.1:{port}/shop"));
+    relay.wait_for_log("reached different servers").await;
+    assert_eq!(receiver.count(), 0);
+    first_alone.store(true, Ordering::SeqCst);
+    wait_for_all(&receiver, 5).await;
+    assert!(relay.terminate().await.success());
+    assert_eq!(times(&receiver, 5), [1; 5]);
 }
