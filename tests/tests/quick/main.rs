@@ -12,4 +12,5 @@ mod receive;
 mod refusals;
 mod schedule;
 mod subscriptions;
+mod versions;
 mod windows;
