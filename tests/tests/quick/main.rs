@@ -4,6 +4,7 @@
 mod concurrent;
 mod copies;
 mod delivery;
+mod encodings;
 mod positions;
 mod privileges;
 mod publish;
