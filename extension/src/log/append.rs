@@ -76,7 +76,8 @@ fn open(table: pg_sys::Oid, columns: usize) -> pg_sys::Relation {
     table::open(table, pg_sys::RowExclusiveLock, columns)
 }
 
-/// Locks the segment that is current *while* the lock is held: taking it hears of a rotation or of a new era.
+/// Locks the segment that is current *while* the lock is held: taking it hears of a rotation or of a new era. A transaction
+/// that has it already need not hear: nobody empties its segment, and no era begins, until it has ended.
 fn open_current_segment() -> (pg_sys::Relation, State) {
     let mut believed = state::get();
     loop {

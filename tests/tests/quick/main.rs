@@ -12,6 +12,7 @@ mod reading;
 mod receive;
 mod refusals;
 mod schedule;
+mod segments;
 mod source;
 mod subscriptions;
 mod versions;
