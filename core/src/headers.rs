@@ -16,6 +16,9 @@ pub enum HeaderError {
     /// CloudEvents 1.0.2 §3.1: attribute names are lower-case letters and digits.
     #[error("a CloudEvents attribute is named \"ce-\" and then only lower-case letters and digits")]
     AttributeName,
+    /// CloudEvents 1.0.2: an attribute that is there has a value.
+    #[error("a CloudEvents attribute must not be empty")]
+    EmptyAttribute,
     /// A value with a control character.
     #[error("its value has a control character")]
     ControlCharacter,
@@ -54,8 +57,15 @@ fn is_token(name: &str) -> bool {
     !name.is_empty() && name.bytes().all(tchar)
 }
 
+/// Checks a header: its name, and a value that fits it.
+pub fn check(name: &str, value: &str) -> Result<(), HeaderError> {
+    check_name(name)?;
+    check_value(value)?;
+    if name.starts_with("ce-") && value.is_empty() { Err(HeaderError::EmptyAttribute) } else { Ok(()) }
+}
+
 /// Checks a header's name: an HTTP token that is not reserved; `ce-name` is a CloudEvents attribute.
-pub fn check_name(name: &str) -> Result<(), HeaderError> {
+fn check_name(name: &str) -> Result<(), HeaderError> {
     if !is_token(name) {
         return Err(HeaderError::NotAToken);
     }
@@ -75,7 +85,7 @@ pub fn check_name(name: &str) -> Result<(), HeaderError> {
 }
 
 /// Checks a header's value: any text without control characters.
-pub fn check_value(value: &str) -> Result<(), HeaderError> {
+fn check_value(value: &str) -> Result<(), HeaderError> {
     if value.chars().any(char::is_control) { Err(HeaderError::ControlCharacter) } else { Ok(()) }
 }
 
@@ -105,6 +115,14 @@ mod tests {
         for bad in ["ce-", "ce-My", "Ce-subject", "ce-a-b"] {
             assert_eq!(check_name(bad), Err(HeaderError::AttributeName), "{bad}");
         }
+    }
+
+    #[test]
+    fn an_attribute_is_not_empty_but_another_header_may_be() {
+        assert_eq!(check("ce-subject", ""), Err(HeaderError::EmptyAttribute));
+        assert_eq!(check("ce-subject", " "), Ok(()));
+        assert_eq!(check("x-tenant", ""), Ok(()));
+        assert_eq!(check("x-tenant", "a\nb"), Err(HeaderError::ControlCharacter));
     }
 
     #[test]

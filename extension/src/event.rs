@@ -54,13 +54,13 @@ pub unsafe fn check_topic(topic: Option<pg_sys::Datum>) -> Result<pg_sys::Datum,
     }
 }
 
-/// Checks a key.
+/// Checks a key: its length is that of what is delivered.
 ///
 /// # Safety
 /// `key` is a text value.
 pub unsafe fn check_key(key: pg_sys::Datum) -> Result<pg_sys::Datum, Refusal> {
     // SAFETY: by this function's contract.
-    let length = unsafe { varlena::bytes(key) }.len();
+    let length = varlena::check_utf8(unsafe { varlena::bytes(key) }, "key")?.len();
     if length > KEY_BYTES_MAX {
         let detail = format!("It has {length} bytes, at most {KEY_BYTES_MAX} are allowed.");
         return Err(Refusal::limit(
@@ -70,6 +70,20 @@ pub unsafe fn check_key(key: pg_sys::Datum) -> Result<pg_sys::Datum, Refusal> {
         ));
     }
     Ok(key)
+}
+
+/// The body of an event that came as jsonb: its text in UTF-8.
+///
+/// # Safety
+/// `payload` is a jsonb value.
+pub unsafe fn json_body(payload: pg_sys::Datum) -> Result<pg_sys::Datum, Refusal> {
+    // SAFETY: by this function's contract; json_text answers a text value.
+    unsafe {
+        let text = varlena::json_text(payload);
+        let stored = varlena::bytes(text);
+        let body = varlena::check_utf8(stored, "payload")?;
+        Ok(if std::ptr::eq(body, stored) { text } else { varlena::from_bytes(body) })
+    }
 }
 
 /// Checks the size of a payload.
@@ -116,7 +130,7 @@ pub unsafe fn check_headers(headers: pg_sys::Datum) -> Result<Option<pg_sys::Dat
     // SAFETY: by this function's contract.
     let text = unsafe { varlena::json_text(headers) };
     // SAFETY: json_text answers a text value.
-    let json = unsafe { varlena::bytes(text) };
+    let json = varlena::check_utf8(unsafe { varlena::bytes(text) }, "headers")?;
     let shape = |detail: String| {
         let hint = "Pass a flat JSON object of strings, such as {\"x-tenant\": \"7\"}.";
         Refusal::argument("malformed headers", detail, hint)
@@ -143,9 +157,7 @@ pub unsafe fn check_headers(headers: pg_sys::Datum) -> Result<Option<pg_sys::Dat
                 quoted(&value.to_string())
             )));
         };
-        headers::check_name(name)
-            .and_then(|()| headers::check_value(value))
-            .map_err(|error| header_refusal(name, error))?;
+        headers::check(name, value).map_err(|error| header_refusal(name, error))?;
         if !names.insert(name.to_ascii_lowercase()) {
             return Err(shape(format!("Header {} is there twice: case makes no difference.", quoted(name))));
         }
@@ -161,6 +173,7 @@ fn header_refusal(name: &str, error: HeaderError) -> Refusal {
         }
         HeaderError::NotAToken => "A name has letters, digits and any of !#$%&'*+-.^_`|~ only.",
         HeaderError::AttributeName => "Name it like ce-subject.",
+        HeaderError::EmptyAttribute => "Leave the attribute out, or give it a value.",
         HeaderError::ControlCharacter => {
             "Encode the value, for example as base64, or put it into the payload."
         }

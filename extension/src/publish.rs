@@ -8,7 +8,7 @@ use crate::event::{self, NewEvent};
 use crate::id;
 use crate::log::append;
 use crate::refusal::Refusal;
-use crate::{varlena, wake};
+use crate::wake;
 
 /// The places of the arguments: the same in all four functions but for the content type, which only the two for bytes have.
 struct Layout {
@@ -67,10 +67,28 @@ unsafe fn argument(fcinfo: FunctionCallInfo, at: usize) -> Option<pg_sys::Datum>
     }
 }
 
+fn refuse_read_only() -> Result<(), Refusal> {
+    // SAFETY: reads a variable of the backend, and shared memory.
+    let (read_only, standby) = unsafe { (pg_sys::XactReadOnly, pg_sys::RecoveryInProgress()) };
+    if !read_only && !standby {
+        return Ok(());
+    }
+    let (detail, hint) = if standby {
+        ("The server is a standby.", "Connect to the primary.")
+    } else {
+        (
+            "The transaction is read-only.",
+            "Begin it with BEGIN READ WRITE, or see who set default_transaction_read_only.",
+        )
+    };
+    let code = PgSqlErrorCode::ERRCODE_READ_ONLY_SQL_TRANSACTION;
+    Err(Refusal::new(code, "cannot publish in a read-only transaction", detail, hint))
+}
+
 unsafe fn shared(fcinfo: FunctionCallInfo, layout: &Layout) -> Result<Shared, Refusal> {
     // SAFETY: the first argument is the topic, a text, and so is the content type where there is one.
     unsafe {
-        pg_sys::PreventCommandIfReadOnly(c"dtm.publish()".as_ptr());
+        refuse_read_only()?;
         let topic = event::check_topic(argument(fcinfo, 0))?;
         let content_type =
             layout.content_type.map(|at| event::check_content_type(argument(fcinfo, at))).transpose()?;
@@ -83,7 +101,7 @@ unsafe fn check(shared: &Shared, arguments: Arguments) -> Result<NewEvent, Refus
     unsafe {
         let bytes = match shared.content_type {
             Some(_) => arguments.payload,
-            None => arguments.payload.map(|jsonb| varlena::json_text(jsonb)),
+            None => arguments.payload.map(|jsonb| event::json_body(jsonb)).transpose()?,
         };
         let given = arguments.id.map(|id| *id.cast_mut_ptr::<[u8; 16]>());
         let deliver_at = arguments.deliver_at.map(|at| at.value() as i64).filter(|&at| at > shared.now);

@@ -4,6 +4,8 @@
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
+use crate::varlena;
+
 /// An error that a user can mend.
 #[derive(Debug)]
 pub struct Refusal {
@@ -47,10 +49,19 @@ impl Refusal {
 
 impl From<Refusal> for ErrorReport {
     fn from(refusal: Refusal) -> Self {
-        ErrorReport::new(refusal.code, refusal.message, "pg_dtm")
-            .set_detail(refusal.detail)
-            .set_hint(refusal.hint)
+        ErrorReport::new(refusal.code, shown(refusal.message), "pg_dtm")
+            .set_detail(shown(refusal.detail))
+            .set_hint(shown(refusal.hint))
     }
+}
+
+/// A text as PostgreSQL takes it for a message: in the database's encoding.
+fn shown(text: String) -> String {
+    if text.is_ascii() || varlena::database_is_utf8() {
+        return text;
+    }
+    let escaped = |c: char| if c.is_ascii() { c.to_string() } else { c.escape_unicode().to_string() };
+    text.chars().map(escaped).collect()
 }
 
 /// A text in a message: quoted, and cut where it is long.

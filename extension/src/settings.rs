@@ -63,19 +63,6 @@ pub fn max_payload_bytes() -> usize {
     MAX_PAYLOAD.get() as usize
 }
 
-#[pg_extern]
-fn source() -> String {
-    let set =
-        SOURCE.get().map(|source| source.to_string_lossy().into_owned()).filter(|source| !source.is_empty());
-    set.unwrap_or_else(|| {
-        // SAFETY: inside a transaction; the result is a palloc'd string, or null for a database that is gone.
-        let name = unsafe { pg_sys::get_database_name(pg_sys::MyDatabaseId) };
-        // SAFETY: not null while a session is connected to the database.
-        let name = unsafe { std::ffi::CStr::from_ptr(name) };
-        format!("/pg_dtm/{}", name.to_string_lossy())
-    })
-}
-
 fn seconds(seconds: f64) -> Interval {
     Interval::from_micros((seconds * 1e6) as i64)
 }

@@ -62,12 +62,8 @@ fn check_topics(topics: Option<Vec<Option<String>>>) -> Result<(), Refusal> {
 fn check_destination(destination: Option<&str>) -> Result<(), Refusal> {
     let text = destination.unwrap_or_default();
     let Err(error) = Destination::parse(text) else { return Ok(()) };
-    // A destination with credentials is not repeated: error messages are logged.
-    let shown = if error == DestinationError::Credentials {
-        String::new()
-    } else {
-        format!(" {}", shown(destination))
-    };
+    // One that may have credentials in it, well-formed or not, is not repeated: error messages are logged.
+    let shown = if text.contains('@') { String::new() } else { format!(" {}", shown(destination)) };
     let detail = format!("The destination{shown}: {error}.");
     match error {
         DestinationError::Scheme(_) => {

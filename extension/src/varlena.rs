@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Variable-length values of PostgreSQL as byte slices, and back.
 
+use pgrx::pg_sys::panic::CaughtError;
 use pgrx::prelude::*;
+
+use crate::refusal::Refusal;
 
 /// The bytes of a text, bytea or jsonb value, detoasted if it must be.
 ///
@@ -23,7 +26,7 @@ pub fn from_bytes(bytes: &[u8]) -> pg_sys::Datum {
     }
 }
 
-/// The text of a jsonb value as a varlena, in UTF-8 whatever the database's encoding.
+/// The text of a jsonb value as a varlena, in the database's encoding.
 ///
 /// # Safety
 /// `datum` is a non-null jsonb value.
@@ -38,17 +41,13 @@ pub unsafe fn json_text(datum: pg_sys::Datum) -> pg_sys::Datum {
         pg_sys::initStringInfo(&mut out);
         pg_sys::appendBinaryStringInfo(&mut out, [0u8; VARHDRSZ as usize].as_ptr().cast(), VARHDRSZ);
         pg_sys::JsonbToCString(&mut out, &mut (*jsonb).root, length);
-        if database_is_utf8() {
-            pgrx::varlena::set_varsize_4b(out.data.cast(), out.len);
-            return pg_sys::Datum::from(out.data);
-        }
-        let text =
-            std::slice::from_raw_parts(out.data.add(VARHDRSZ as usize).cast(), (out.len - VARHDRSZ) as usize);
-        from_bytes(to_utf8(text))
+        pgrx::varlena::set_varsize_4b(out.data.cast(), out.len);
+        pg_sys::Datum::from(out.data)
     }
 }
 
-/// A text of the database in UTF-8.
+/// A text of the database in UTF-8. Raises PostgreSQL's error where there is none: what comes from a user is checked by
+/// [`check_utf8`] before it is stored.
 pub fn to_utf8(text: &[u8]) -> &[u8] {
     if database_is_utf8() {
         return text;
@@ -65,7 +64,28 @@ pub fn to_utf8(text: &[u8]) -> &[u8] {
     }
 }
 
-fn database_is_utf8() -> bool {
+/// A text of the database in UTF-8, which is what goes over the wire; `what` names it in the refusal where there is none.
+pub fn check_utf8<'a>(text: &'a [u8], what: &str) -> Result<&'a [u8], Refusal> {
+    if database_is_utf8() {
+        return Ok(text);
+    }
+    let refused = |_error: CaughtError| {
+        Err(Refusal::new(
+            PgSqlErrorCode::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE,
+            format!("the {what} cannot be converted to UTF-8"),
+            "Events are delivered in UTF-8, which has no such character or byte sequence.",
+            "Encode it as UTF-8, or publish it as bytes.",
+        ))
+    };
+    // The conversion holds no resources, so that nothing is left behind where its error is caught.
+    PgTryBuilder::new(std::panic::AssertUnwindSafe(|| Ok(to_utf8(text))))
+        .catch_when(PgSqlErrorCode::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE, refused)
+        .catch_when(PgSqlErrorCode::ERRCODE_UNTRANSLATABLE_CHARACTER, refused)
+        .execute()
+}
+
+/// Whether texts of the database are UTF-8.
+pub fn database_is_utf8() -> bool {
     // SAFETY: reads a setting of the session.
     unsafe { pg_sys::GetDatabaseEncoding() == pg_sys::pg_enc::PG_UTF8 as i32 }
 }

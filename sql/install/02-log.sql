@@ -19,6 +19,9 @@ CREATE TABLE dtm.log_1 (
 CREATE TABLE dtm.log_2 (LIKE dtm.log_1 INCLUDING ALL) USING heap;
 CREATE TABLE dtm.log_3 (LIKE dtm.log_1 INCLUDING ALL) USING heap;
 
+CREATE VIEW dtm.log AS
+SELECT * FROM dtm.log_1 UNION ALL SELECT * FROM dtm.log_2 UNION ALL SELECT * FROM dtm.log_3;
+
 -- Events that are due later wait here and are moved into the log when they are.
 CREATE SEQUENCE dtm.delayed_seq AS bigint CACHE 1;
 CREATE TABLE dtm.delayed (

@@ -37,6 +37,13 @@ DECLARE
     purged bigint;
     receipts bigint;
 BEGIN
+    IF max_rows IS NULL OR max_rows < 1 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'max_rows must be positive',
+            DETAIL = format('It is %s.', coalesce(max_rows::text, 'null')),
+            HINT = 'Pass how many rows one call may delete of each kind, such as 10000.';
+    END IF;
     DELETE FROM dtm.given_ids WHERE ctid = ANY (ARRAY(
         SELECT ctid FROM dtm.given_ids WHERE given_at < clock_timestamp() - dtm.retention()
         ORDER BY given_at LIMIT max_rows FOR UPDATE SKIP LOCKED));

@@ -113,7 +113,11 @@ BEGIN
         IF start_at <> 'earliest' THEN
             start_time := start_at::timestamptz;
         END IF;
-        body := dtm.start_of_era(coalesce((SELECT era FROM dtm.eras ORDER BY ordinal LIMIT 1), (SELECT era FROM dtm.installation)));
+        -- Restored data that no relay has met yet has its eras, too.
+        body := dtm.start_of_era(coalesce(
+            (SELECT era FROM dtm.eras ORDER BY ordinal LIMIT 1),
+            (SELECT era FROM dtm.unregistered_eras() AS era LIMIT 1),
+            (SELECT era FROM dtm.installation)));
     END IF;
     UPDATE dtm.subscription SET since = start_time WHERE id = subscription_id AND since IS DISTINCT FROM start_time;
     INSERT INTO dtm.cursor_log_1 (id, subscription, shard, epoch, token, "position", acked)
@@ -149,19 +153,24 @@ DECLARE
 BEGIN
     PERFORM dtm.check_subscription(name, topics, destination, options);
     PERFORM dtm.check_start_at(start_at);
-    INSERT INTO dtm.subscription AS s (name, topics, destination, options)
-    VALUES (subscribe.name, subscribe.topics, subscribe.destination, subscribe.options)
-    ON CONFLICT ON CONSTRAINT subscription_name_key DO NOTHING
-    RETURNING s.id INTO subscription_id;
-    IF FOUND THEN
-        PERFORM dtm.start_subscription(subscription_id, start_at);
-    ELSE
+    -- Until it is there or made: another session may unsubscribe between the two.
+    LOOP
+        INSERT INTO dtm.subscription AS s (name, topics, destination, options)
+        VALUES (subscribe.name, subscribe.topics, subscribe.destination, subscribe.options)
+        ON CONFLICT ON CONSTRAINT subscription_name_key DO NOTHING
+        RETURNING s.id INTO subscription_id;
+        IF FOUND THEN
+            PERFORM dtm.start_subscription(subscription_id, start_at);
+            RETURN subscription_id;
+        END IF;
         UPDATE dtm.subscription AS s
         SET topics = subscribe.topics, destination = subscribe.destination, options = subscribe.options
         WHERE s.name = subscribe.name
         RETURNING s.id INTO subscription_id;
-    END IF;
-    RETURN subscription_id;
+        IF FOUND THEN
+            RETURN subscription_id;
+        END IF;
+    END LOOP;
 END
 $$;
 

@@ -41,19 +41,43 @@ BEGIN
 END
 $$;
 
+-- The eras in restored data that no relay has met, oldest first. Numbers of events and positions go on over a restore, so
+-- every row of a later era has a greater one; where an era has left nothing but positions, their ids tell. It reads the whole
+-- log: called once in the life of an era.
+CREATE FUNCTION dtm.unregistered_eras() RETURNS SETOF int
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT f.era
+    FROM (SELECT l.era, min(l.seq) - 1 AS seq, NULL::bigint AS id FROM dtm.log l GROUP BY l.era
+          UNION ALL
+          SELECT p.era, min(p.seq), min(p.id) FROM dtm.position_log p GROUP BY p.era) f
+    WHERE NOT EXISTS (SELECT FROM dtm.eras e WHERE e.era = f.era)
+    GROUP BY f.era
+    ORDER BY min(f.seq), min(f.id) NULLS LAST;
+END;
+
 -- Gives a new era its place behind the others. Where there are others the data came from elsewhere, and subscriptions wait
--- for dtm.resume unless they say otherwise: a copy of production must not call production's customers.
+-- for dtm.resume unless they say otherwise: a copy of production must not call production's customers. The data may have
+-- come through several databases that no relay ever saw: their eras go first.
 CREATE FUNCTION dtm.register_era(new_era int) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    last_ordinal int;
 BEGIN
     IF EXISTS (SELECT FROM dtm.eras WHERE era = new_era) THEN
         RETURN;
     END IF;
     LOCK TABLE dtm.eras IN SHARE ROW EXCLUSIVE MODE;
+    IF EXISTS (SELECT FROM dtm.eras WHERE era = new_era) THEN
+        RETURN;
+    END IF;
+    SELECT coalesce(max(ordinal), 0) INTO last_ordinal FROM dtm.eras;
     INSERT INTO dtm.eras (era, ordinal)
-    SELECT new_era, (SELECT coalesce(max(ordinal), 0) + 1 FROM dtm.eras)
-    WHERE NOT EXISTS (SELECT FROM dtm.eras WHERE era = new_era);
-    IF FOUND AND (SELECT count(*) FROM dtm.eras) > 1 THEN
+    SELECT f.era, last_ordinal + row_number() OVER (ORDER BY f.era = new_era, f.n)
+    FROM (SELECT found.era, found.n FROM dtm.unregistered_eras() WITH ORDINALITY AS found (era, n)
+          WHERE found.era <> new_era
+          UNION ALL SELECT new_era, 0) f;
+    IF (SELECT count(*) FROM dtm.eras) > 1 THEN
         UPDATE dtm.subscription SET state = 'paused', reason = 'the database was restored or copied'
         WHERE state = 'active' AND options ->> 'on_restore' IS DISTINCT FROM 'continue';
     END IF;
@@ -157,19 +181,26 @@ $$;
 CREATE FUNCTION dtm.append(id uuid, topic text, key text, content_type text, headers text, payload bytea) RETURNS bigint
 LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'append_wrapper';
 
--- Moves events that are due into the log. next_in: seconds until the next one is, null if none waits.
+-- Moves events that are due into the log. next_in: seconds until the next one is, null if none waits. One relay at a time
+-- moves them: two that took a part each could swap events of one key.
 CREATE FUNCTION dtm.relay_due(max_rows int, OUT moved int, OUT next_in float8)
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    -- An advisory lock of this database; the number is "dtm.due" in ASCII.
+    moving CONSTANT bigint := 28275509949658469;
 BEGIN
     moved := 0;
     SELECT extract(epoch FROM min(due) - clock_timestamp()) INTO next_in FROM dtm.delayed;
     IF next_in IS NULL OR next_in > 0 THEN
         RETURN;
     END IF;
+    IF NOT pg_try_advisory_xact_lock(moving) THEN
+        next_in := 0.1;  -- whoever has the lock moves what is due
+        RETURN;
+    END IF;
     WITH due AS (
         DELETE FROM dtm.delayed d WHERE d.ctid = ANY (ARRAY(
-            SELECT w.ctid FROM dtm.delayed w WHERE w.due <= clock_timestamp()
-            ORDER BY w.due, w.n LIMIT max_rows FOR UPDATE SKIP LOCKED))
+            SELECT w.ctid FROM dtm.delayed w WHERE w.due <= clock_timestamp() ORDER BY w.due, w.n LIMIT max_rows))
         RETURNING d.*
     )
     SELECT count(dtm.append(o.id, o.topic, o.key, o.content_type, o.headers, o.payload)) INTO moved
@@ -178,8 +209,33 @@ BEGIN
 END
 $$;
 
--- The setting dtm.source: who the relay says the events are from.
+-- Who the relay says the events are from: dtm.source as it is set for the database, else for the server, else
+-- /pg_dtm/DATABASE. What a role or a session sets does not count: every relay says the same. SECURITY DEFINER: the server's
+-- files are read where such a setting hides theirs.
 CREATE FUNCTION dtm.source() RETURNS text
-LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'source_wrapper';
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    source text;
+    database bytea := convert_to(current_database(), getdatabaseencoding());
+BEGIN
+    PERFORM dtm.library_protocol();  -- loads the library, which makes its settings known
+    SELECT substr(setting, strpos(setting, '=') + 1) INTO source
+    FROM pg_db_role_setting r, unnest(r.setconfig) AS setting
+    WHERE r.setrole = 0 AND r.setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND lower(split_part(setting, '=', 1)) = 'dtm.source';
+    IF NOT FOUND THEN
+        SELECT setting INTO source FROM pg_settings
+        WHERE name = 'dtm.source' AND pg_settings.source IN ('configuration file', 'command line');
+    END IF;
+    IF NOT FOUND THEN
+        SELECT setting INTO source FROM pg_file_settings
+        WHERE lower(name) = 'dtm.source' AND error IS NULL ORDER BY seqno DESC LIMIT 1;
+    END IF;
+    RETURN coalesce(nullif(source, ''), '/pg_dtm/' || (
+        SELECT string_agg(CASE WHEN byte < 128 AND chr(byte) ~ '[A-Za-z0-9._~-]' THEN chr(byte)
+                               ELSE '%' || upper(lpad(to_hex(byte), 2, '0')) END, '' ORDER BY at)
+        FROM generate_series(0, length(database) - 1) AS at, get_byte(database, at) AS byte));
+END
+$$;
 CREATE FUNCTION dtm.library_preloaded() RETURNS boolean
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'library_preloaded_wrapper';

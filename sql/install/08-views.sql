@@ -11,9 +11,6 @@ EXCEPTION WHEN data_exception OR program_limit_exceeded THEN
 END
 $$;
 
-CREATE VIEW dtm.log AS
-SELECT * FROM dtm.log_1 UNION ALL SELECT * FROM dtm.log_2 UNION ALL SELECT * FROM dtm.log_3;
-
 CREATE VIEW dtm.events AS
 SELECT seq, id, topic, key,
        CASE WHEN content_type IS NULL THEN pg_catalog.convert_from(payload, 'UTF8')::jsonb
@@ -25,23 +22,41 @@ FROM dtm.log;
 
 COMMENT ON VIEW dtm.events IS 'The log: every event that is retained. payload is its body where that is JSON.';
 
--- lag_events counts sequence numbers, so it is an upper bound: rolled-back events and other topics count too.
+-- lag_events counts sequence numbers, so it is an upper bound: rolled-back events, other topics, and what was delivered before
+-- a transaction that began earlier has ended, count too. Null: the subscription has no cursor.
 CREATE VIEW dtm.subscriptions AS
 SELECT s.name, s.topics, s.destination, s.options, s.state, s.reason,
        CASE WHEN o.alive THEN o.name END AS owner,
-       coalesce(extract(epoch FROM pg_catalog.clock_timestamp() - behind.published_at), 0)::float8 AS lag_seconds,
-       CASE WHEN behind.published_at IS NULL THEN 0 ELSE head.seq - cursor.seq END AS lag_events,
+       CASE WHEN cursor.low IS NULL THEN NULL
+            ELSE coalesce(extract(epoch FROM pg_catalog.clock_timestamp() - behind.published_at), 0) END::float8 AS lag_seconds,
+       CASE WHEN cursor.low IS NULL THEN NULL
+            WHEN behind.published_at IS NULL THEN 0 ELSE head.seq - cursor.low END AS lag_events,
        cursor.moved_at, s.epoch, s.since, s.created_at, s.id
 FROM dtm.subscription s
 JOIN dtm.owners o ON o.subscription = s.id
 CROSS JOIN LATERAL (
     SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS seq FROM dtm.event_seq) head
+-- A position has seen what its snapshot sees (the fourth part of its text); all that it has not lies above its low.
 LEFT JOIN LATERAL (
-    SELECT CASE WHEN c.target IS NULL THEN p.seq WHEN c.acked = 0 THEN p.low ELSE c.acked END AS seq, c.moved_at
-    FROM dtm.cursor_log c JOIN dtm.position_log p ON p.id = c."position"
+    SELECT p.era, e.ordinal, c.acked, c.moved_at,
+           pg_catalog.split_part(p.body, '|', 4)::pg_catalog.pg_snapshot AS seen,
+           pg_catalog.split_part(t.body, '|', 4)::pg_catalog.pg_snapshot AS seen_then,
+           CASE WHEN p.seq = 9223372036854775807 THEN 0  -- the end of an era: all of the next one lies before it
+                ELSE least(CASE WHEN c.acked = 0 THEN p.low ELSE c.acked END, t.low) END AS low
+    FROM dtm.cursor_log c
+    JOIN dtm.position_log p ON p.id = c."position"
+    LEFT JOIN dtm.position_log t ON t.id = c.target
+    LEFT JOIN dtm.eras e ON e.era = p.era
     WHERE c.subscription = s.id AND c.shard = 0 AND c.epoch = s.epoch
     ORDER BY c.id DESC LIMIT 1) cursor ON true
+-- The first that is not delivered: of the position's era, or of a later one.
 LEFT JOIN LATERAL (
-    SELECT l.published_at FROM dtm.log l WHERE l.seq > cursor.seq ORDER BY l.seq LIMIT 1) behind ON true;
+    SELECT l.published_at FROM dtm.log l
+    WHERE l.seq > cursor.low
+      AND CASE WHEN l.era <> cursor.era
+               THEN coalesce((SELECT e.ordinal > coalesce(cursor.ordinal, 2147483647) FROM dtm.eras e WHERE e.era = l.era), true)
+               ELSE NOT pg_catalog.pg_visible_in_snapshot(l.xid, cursor.seen)
+                    AND (l.seq > cursor.acked OR NOT pg_catalog.pg_visible_in_snapshot(l.xid, cursor.seen_then)) END
+    ORDER BY l.seq LIMIT 1) behind ON true;
 
 COMMENT ON VIEW dtm.subscriptions IS 'Every subscription: what it matches, where it goes, its state, owner and lag.';

@@ -57,6 +57,9 @@ CREATE TABLE dtm.log_1 (
 CREATE TABLE dtm.log_2 (LIKE dtm.log_1 INCLUDING ALL) USING heap;
 CREATE TABLE dtm.log_3 (LIKE dtm.log_1 INCLUDING ALL) USING heap;
 
+CREATE VIEW dtm.log AS
+SELECT * FROM dtm.log_1 UNION ALL SELECT * FROM dtm.log_2 UNION ALL SELECT * FROM dtm.log_3;
+
 -- Events that are due later wait here and are moved into the log when they are.
 CREATE SEQUENCE dtm.delayed_seq AS bigint CACHE 1;
 CREATE TABLE dtm.delayed (
@@ -160,6 +163,13 @@ DECLARE
     purged bigint;
     receipts bigint;
 BEGIN
+    IF max_rows IS NULL OR max_rows < 1 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'max_rows must be positive',
+            DETAIL = format('It is %s.', coalesce(max_rows::text, 'null')),
+            HINT = 'Pass how many rows one call may delete of each kind, such as 10000.';
+    END IF;
     DELETE FROM dtm.given_ids WHERE ctid = ANY (ARRAY(
         SELECT ctid FROM dtm.given_ids WHERE given_at < clock_timestamp() - dtm.retention()
         ORDER BY given_at LIMIT max_rows FOR UPDATE SKIP LOCKED));
@@ -292,7 +302,11 @@ BEGIN
         IF start_at <> 'earliest' THEN
             start_time := start_at::timestamptz;
         END IF;
-        body := dtm.start_of_era(coalesce((SELECT era FROM dtm.eras ORDER BY ordinal LIMIT 1), (SELECT era FROM dtm.installation)));
+        -- Restored data that no relay has met yet has its eras, too.
+        body := dtm.start_of_era(coalesce(
+            (SELECT era FROM dtm.eras ORDER BY ordinal LIMIT 1),
+            (SELECT era FROM dtm.unregistered_eras() AS era LIMIT 1),
+            (SELECT era FROM dtm.installation)));
     END IF;
     UPDATE dtm.subscription SET since = start_time WHERE id = subscription_id AND since IS DISTINCT FROM start_time;
     INSERT INTO dtm.cursor_log_1 (id, subscription, shard, epoch, token, "position", acked)
@@ -328,19 +342,24 @@ DECLARE
 BEGIN
     PERFORM dtm.check_subscription(name, topics, destination, options);
     PERFORM dtm.check_start_at(start_at);
-    INSERT INTO dtm.subscription AS s (name, topics, destination, options)
-    VALUES (subscribe.name, subscribe.topics, subscribe.destination, subscribe.options)
-    ON CONFLICT ON CONSTRAINT subscription_name_key DO NOTHING
-    RETURNING s.id INTO subscription_id;
-    IF FOUND THEN
-        PERFORM dtm.start_subscription(subscription_id, start_at);
-    ELSE
+    -- Until it is there or made: another session may unsubscribe between the two.
+    LOOP
+        INSERT INTO dtm.subscription AS s (name, topics, destination, options)
+        VALUES (subscribe.name, subscribe.topics, subscribe.destination, subscribe.options)
+        ON CONFLICT ON CONSTRAINT subscription_name_key DO NOTHING
+        RETURNING s.id INTO subscription_id;
+        IF FOUND THEN
+            PERFORM dtm.start_subscription(subscription_id, start_at);
+            RETURN subscription_id;
+        END IF;
         UPDATE dtm.subscription AS s
         SET topics = subscribe.topics, destination = subscribe.destination, options = subscribe.options
         WHERE s.name = subscribe.name
         RETURNING s.id INTO subscription_id;
-    END IF;
-    RETURN subscription_id;
+        IF FOUND THEN
+            RETURN subscription_id;
+        END IF;
+    END LOOP;
 END
 $$;
 
@@ -538,19 +557,43 @@ BEGIN
 END
 $$;
 
+-- The eras in restored data that no relay has met, oldest first. Numbers of events and positions go on over a restore, so
+-- every row of a later era has a greater one; where an era has left nothing but positions, their ids tell. It reads the whole
+-- log: called once in the life of an era.
+CREATE FUNCTION dtm.unregistered_eras() RETURNS SETOF int
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT f.era
+    FROM (SELECT l.era, min(l.seq) - 1 AS seq, NULL::bigint AS id FROM dtm.log l GROUP BY l.era
+          UNION ALL
+          SELECT p.era, min(p.seq), min(p.id) FROM dtm.position_log p GROUP BY p.era) f
+    WHERE NOT EXISTS (SELECT FROM dtm.eras e WHERE e.era = f.era)
+    GROUP BY f.era
+    ORDER BY min(f.seq), min(f.id) NULLS LAST;
+END;
+
 -- Gives a new era its place behind the others. Where there are others the data came from elsewhere, and subscriptions wait
--- for dtm.resume unless they say otherwise: a copy of production must not call production's customers.
+-- for dtm.resume unless they say otherwise: a copy of production must not call production's customers. The data may have
+-- come through several databases that no relay ever saw: their eras go first.
 CREATE FUNCTION dtm.register_era(new_era int) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    last_ordinal int;
 BEGIN
     IF EXISTS (SELECT FROM dtm.eras WHERE era = new_era) THEN
         RETURN;
     END IF;
     LOCK TABLE dtm.eras IN SHARE ROW EXCLUSIVE MODE;
+    IF EXISTS (SELECT FROM dtm.eras WHERE era = new_era) THEN
+        RETURN;
+    END IF;
+    SELECT coalesce(max(ordinal), 0) INTO last_ordinal FROM dtm.eras;
     INSERT INTO dtm.eras (era, ordinal)
-    SELECT new_era, (SELECT coalesce(max(ordinal), 0) + 1 FROM dtm.eras)
-    WHERE NOT EXISTS (SELECT FROM dtm.eras WHERE era = new_era);
-    IF FOUND AND (SELECT count(*) FROM dtm.eras) > 1 THEN
+    SELECT f.era, last_ordinal + row_number() OVER (ORDER BY f.era = new_era, f.n)
+    FROM (SELECT found.era, found.n FROM dtm.unregistered_eras() WITH ORDINALITY AS found (era, n)
+          WHERE found.era <> new_era
+          UNION ALL SELECT new_era, 0) f;
+    IF (SELECT count(*) FROM dtm.eras) > 1 THEN
         UPDATE dtm.subscription SET state = 'paused', reason = 'the database was restored or copied'
         WHERE state = 'active' AND options ->> 'on_restore' IS DISTINCT FROM 'continue';
     END IF;
@@ -654,19 +697,26 @@ $$;
 CREATE FUNCTION dtm.append(id uuid, topic text, key text, content_type text, headers text, payload bytea) RETURNS bigint
 LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'append_wrapper';
 
--- Moves events that are due into the log. next_in: seconds until the next one is, null if none waits.
+-- Moves events that are due into the log. next_in: seconds until the next one is, null if none waits. One relay at a time
+-- moves them: two that took a part each could swap events of one key.
 CREATE FUNCTION dtm.relay_due(max_rows int, OUT moved int, OUT next_in float8)
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    -- An advisory lock of this database; the number is "dtm.due" in ASCII.
+    moving CONSTANT bigint := 28275509949658469;
 BEGIN
     moved := 0;
     SELECT extract(epoch FROM min(due) - clock_timestamp()) INTO next_in FROM dtm.delayed;
     IF next_in IS NULL OR next_in > 0 THEN
         RETURN;
     END IF;
+    IF NOT pg_try_advisory_xact_lock(moving) THEN
+        next_in := 0.1;  -- whoever has the lock moves what is due
+        RETURN;
+    END IF;
     WITH due AS (
         DELETE FROM dtm.delayed d WHERE d.ctid = ANY (ARRAY(
-            SELECT w.ctid FROM dtm.delayed w WHERE w.due <= clock_timestamp()
-            ORDER BY w.due, w.n LIMIT max_rows FOR UPDATE SKIP LOCKED))
+            SELECT w.ctid FROM dtm.delayed w WHERE w.due <= clock_timestamp() ORDER BY w.due, w.n LIMIT max_rows))
         RETURNING d.*
     )
     SELECT count(dtm.append(o.id, o.topic, o.key, o.content_type, o.headers, o.payload)) INTO moved
@@ -675,9 +725,34 @@ BEGIN
 END
 $$;
 
--- The setting dtm.source: who the relay says the events are from.
+-- Who the relay says the events are from: dtm.source as it is set for the database, else for the server, else
+-- /pg_dtm/DATABASE. What a role or a session sets does not count: every relay says the same. SECURITY DEFINER: the server's
+-- files are read where such a setting hides theirs.
 CREATE FUNCTION dtm.source() RETURNS text
-LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'source_wrapper';
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    source text;
+    database bytea := convert_to(current_database(), getdatabaseencoding());
+BEGIN
+    PERFORM dtm.library_protocol();  -- loads the library, which makes its settings known
+    SELECT substr(setting, strpos(setting, '=') + 1) INTO source
+    FROM pg_db_role_setting r, unnest(r.setconfig) AS setting
+    WHERE r.setrole = 0 AND r.setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND lower(split_part(setting, '=', 1)) = 'dtm.source';
+    IF NOT FOUND THEN
+        SELECT setting INTO source FROM pg_settings
+        WHERE name = 'dtm.source' AND pg_settings.source IN ('configuration file', 'command line');
+    END IF;
+    IF NOT FOUND THEN
+        SELECT setting INTO source FROM pg_file_settings
+        WHERE lower(name) = 'dtm.source' AND error IS NULL ORDER BY seqno DESC LIMIT 1;
+    END IF;
+    RETURN coalesce(nullif(source, ''), '/pg_dtm/' || (
+        SELECT string_agg(CASE WHEN byte < 128 AND chr(byte) ~ '[A-Za-z0-9._~-]' THEN chr(byte)
+                               ELSE '%' || upper(lpad(to_hex(byte), 2, '0')) END, '' ORDER BY at)
+        FROM generate_series(0, length(database) - 1) AS at, get_byte(database, at) AS byte));
+END
+$$;
 CREATE FUNCTION dtm.library_preloaded() RETURNS boolean
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'library_preloaded_wrapper';
 -- SPDX-License-Identifier: PostgreSQL
@@ -693,9 +768,6 @@ EXCEPTION WHEN data_exception OR program_limit_exceeded THEN
 END
 $$;
 
-CREATE VIEW dtm.log AS
-SELECT * FROM dtm.log_1 UNION ALL SELECT * FROM dtm.log_2 UNION ALL SELECT * FROM dtm.log_3;
-
 CREATE VIEW dtm.events AS
 SELECT seq, id, topic, key,
        CASE WHEN content_type IS NULL THEN pg_catalog.convert_from(payload, 'UTF8')::jsonb
@@ -707,24 +779,42 @@ FROM dtm.log;
 
 COMMENT ON VIEW dtm.events IS 'The log: every event that is retained. payload is its body where that is JSON.';
 
--- lag_events counts sequence numbers, so it is an upper bound: rolled-back events and other topics count too.
+-- lag_events counts sequence numbers, so it is an upper bound: rolled-back events, other topics, and what was delivered before
+-- a transaction that began earlier has ended, count too. Null: the subscription has no cursor.
 CREATE VIEW dtm.subscriptions AS
 SELECT s.name, s.topics, s.destination, s.options, s.state, s.reason,
        CASE WHEN o.alive THEN o.name END AS owner,
-       coalesce(extract(epoch FROM pg_catalog.clock_timestamp() - behind.published_at), 0)::float8 AS lag_seconds,
-       CASE WHEN behind.published_at IS NULL THEN 0 ELSE head.seq - cursor.seq END AS lag_events,
+       CASE WHEN cursor.low IS NULL THEN NULL
+            ELSE coalesce(extract(epoch FROM pg_catalog.clock_timestamp() - behind.published_at), 0) END::float8 AS lag_seconds,
+       CASE WHEN cursor.low IS NULL THEN NULL
+            WHEN behind.published_at IS NULL THEN 0 ELSE head.seq - cursor.low END AS lag_events,
        cursor.moved_at, s.epoch, s.since, s.created_at, s.id
 FROM dtm.subscription s
 JOIN dtm.owners o ON o.subscription = s.id
 CROSS JOIN LATERAL (
     SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS seq FROM dtm.event_seq) head
+-- A position has seen what its snapshot sees (the fourth part of its text); all that it has not lies above its low.
 LEFT JOIN LATERAL (
-    SELECT CASE WHEN c.target IS NULL THEN p.seq WHEN c.acked = 0 THEN p.low ELSE c.acked END AS seq, c.moved_at
-    FROM dtm.cursor_log c JOIN dtm.position_log p ON p.id = c."position"
+    SELECT p.era, e.ordinal, c.acked, c.moved_at,
+           pg_catalog.split_part(p.body, '|', 4)::pg_catalog.pg_snapshot AS seen,
+           pg_catalog.split_part(t.body, '|', 4)::pg_catalog.pg_snapshot AS seen_then,
+           CASE WHEN p.seq = 9223372036854775807 THEN 0  -- the end of an era: all of the next one lies before it
+                ELSE least(CASE WHEN c.acked = 0 THEN p.low ELSE c.acked END, t.low) END AS low
+    FROM dtm.cursor_log c
+    JOIN dtm.position_log p ON p.id = c."position"
+    LEFT JOIN dtm.position_log t ON t.id = c.target
+    LEFT JOIN dtm.eras e ON e.era = p.era
     WHERE c.subscription = s.id AND c.shard = 0 AND c.epoch = s.epoch
     ORDER BY c.id DESC LIMIT 1) cursor ON true
+-- The first that is not delivered: of the position's era, or of a later one.
 LEFT JOIN LATERAL (
-    SELECT l.published_at FROM dtm.log l WHERE l.seq > cursor.seq ORDER BY l.seq LIMIT 1) behind ON true;
+    SELECT l.published_at FROM dtm.log l
+    WHERE l.seq > cursor.low
+      AND CASE WHEN l.era <> cursor.era
+               THEN coalesce((SELECT e.ordinal > coalesce(cursor.ordinal, 2147483647) FROM dtm.eras e WHERE e.era = l.era), true)
+               ELSE NOT pg_catalog.pg_visible_in_snapshot(l.xid, cursor.seen)
+                    AND (l.seq > cursor.acked OR NOT pg_catalog.pg_visible_in_snapshot(l.xid, cursor.seen_then)) END
+    ORDER BY l.seq LIMIT 1) behind ON true;
 
 COMMENT ON VIEW dtm.subscriptions IS 'Every subscription: what it matches, where it goes, its state, owner and lag.';
 -- SPDX-License-Identifier: PostgreSQL

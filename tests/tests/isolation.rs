@@ -48,5 +48,5 @@ async fn every_named_race_ends_as_expected() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    assert!(specs.len() >= 9, "specs are missing");
+    assert!(specs.len() >= 10, "specs are missing");
 }

@@ -9,10 +9,11 @@ use pgrx::prelude::*;
 
 use crate::event::NewEvent;
 use crate::log::state::{self, State};
+use crate::log::{scan, table};
 use crate::refusal::Refusal;
 
-const LOG_COLUMNS: usize = 10;
 const DELAYED_COLUMNS: usize = 8;
+const GIVEN_IDS_COLUMNS: usize = 2;
 
 /// Rows that are formed before they are inserted together.
 const BATCH_ROWS: usize = 256;
@@ -62,7 +63,7 @@ fn append_batches(
     }
     let mut later = events.iter().filter_map(|event| Some((event, event.deliver_at?))).peekable();
     if later.peek().is_some() {
-        let table = open(state.delayed);
+        let table = open(state.delayed, DELAYED_COLUMNS);
         for (event, due) in later {
             insert(table, &mut delayed_row(event, due, nextval(state.delayed_seq)));
         }
@@ -71,17 +72,17 @@ fn append_batches(
     }
 }
 
-fn open(table: pg_sys::Oid) -> pg_sys::Relation {
-    // SAFETY: the oid of a table of the extension; waits for whoever truncates it.
-    unsafe { pg_sys::table_open(table, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE) }
+fn open(table: pg_sys::Oid, columns: usize) -> pg_sys::Relation {
+    table::open(table, pg_sys::RowExclusiveLock, columns)
 }
 
-/// Locks the segment that is current *while* the lock is held: taking it hears of a rotation or of a new era.
+/// Locks the segment that is current *while* the lock is held: taking it hears of a rotation or of a new era. A transaction
+/// that has it already need not hear: nobody empties its segment, and no era begins, until it has ended.
 fn open_current_segment() -> (pg_sys::Relation, State) {
     let mut believed = state::get();
     loop {
         let oid = believed.segments[believed.current].table;
-        let table = open(oid);
+        let table = open(oid, scan::COLUMNS);
         let state = state::get();
         if state.segments[state.current].table == oid {
             return (table, state);
@@ -118,7 +119,13 @@ fn uuid(id: &[u8; 16]) -> pg_sys::Datum {
     pg_sys::Datum::from(id.as_ptr())
 }
 
-fn log_row(event: &NewEvent, seq: i64, xid: u64, now: pg_sys::TimestampTz, era: i32) -> Row<LOG_COLUMNS> {
+fn log_row(
+    event: &NewEvent,
+    seq: i64,
+    xid: u64,
+    now: pg_sys::TimestampTz,
+    era: i32,
+) -> Row<{ scan::COLUMNS }> {
     Row::new([
         Some(seq.into()),
         Some(pg_sys::Datum::from(xid)),
@@ -185,10 +192,10 @@ fn remember_given_ids(events: &[NewEvent], state: &State, now: pg_sys::Timestamp
     if !events.iter().any(|event| event.id_given) {
         return;
     }
-    let table = open(state.given_ids);
+    let table = open(state.given_ids, GIVEN_IDS_COLUMNS);
     for event in events.iter().filter(|event| event.id_given) {
         let kept_from = event.deliver_at.unwrap_or(now);
-        let mut row = Row::new([Some(uuid(&event.id)), Some(kept_from.into())]);
+        let mut row: Row<GIVEN_IDS_COLUMNS> = Row::new([Some(uuid(&event.id)), Some(kept_from.into())]);
         PgTryBuilder::new(std::panic::AssertUnwindSafe(|| insert(table, &mut row)))
             .catch_when(PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION, |_error: CaughtError| {
                 let detail = format!("The id is {}.", uuid::Uuid::from_bytes(event.id));

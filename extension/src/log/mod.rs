@@ -5,3 +5,4 @@ pub mod append;
 pub mod position;
 pub mod scan;
 pub mod state;
+mod table;

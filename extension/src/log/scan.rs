@@ -5,6 +5,7 @@
 use pgrx::prelude::*;
 
 use crate::log::state::{Segment, State};
+use crate::log::table;
 
 /// Columns of a segment, by place.
 pub mod column {
@@ -20,6 +21,9 @@ pub mod column {
     pub const HEADERS: usize = 8;
     pub const PAYLOAD: usize = 9;
 }
+
+/// How many columns a segment has.
+pub const COLUMNS: usize = 10;
 
 struct SegmentScan {
     table: pg_sys::Relation,
@@ -96,7 +100,7 @@ impl SegmentScan {
         // closed by `end`, or by PostgreSQL when the transaction fails.
         unsafe {
             let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
-            let table = pg_sys::table_open(segment.table, lock);
+            let table = table::open(segment.table, pg_sys::AccessShareLock, COLUMNS);
             let index = pg_sys::index_open(segment.index, lock);
             let slot = pg_sys::table_slot_create(table, std::ptr::null_mut());
             let scan = begin_index_scan(table, index, snapshot);

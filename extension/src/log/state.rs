@@ -7,6 +7,7 @@ use std::ffi::CStr;
 
 use pgrx::prelude::*;
 
+use crate::log::table;
 use crate::refusal::Refusal;
 
 /// How many segments the ring has.
@@ -46,20 +47,32 @@ impl State {
     pub fn is_segment(&self, table: pg_sys::Oid) -> bool {
         self.segments.iter().any(|segment| segment.table == table)
     }
+
+    fn rests_on(&self, relation: pg_sys::Oid) -> bool {
+        let others = [self.installation, self.event_seq, self.delayed, self.delayed_seq, self.given_ids];
+        others.contains(&relation) || self.is_segment(relation)
+    }
 }
 
 thread_local! {
     static STATE: Cell<Option<State>> = const { Cell::new(None) };
+    /// Counts what PostgreSQL told of changes. One can be told while the state is being loaded, when what it changed may have
+    /// been read already.
+    static CHANGES: Cell<u64> = const { Cell::new(0) };
     static LISTENING: Cell<bool> = const { Cell::new(false) };
 }
 
 /// What is known now. Take the lock on a table first and call this after it: an invalidation that was sent before the lock
-/// could be had has then been heard.
+/// could be had has then been heard. What is told while this loads is of changes that such a lock does not wait for; but what
+/// was loaded meanwhile is not kept.
 pub fn get() -> State {
     STATE.get().unwrap_or_else(|| {
         listen();
+        let changes = CHANGES.get();
         let state = load();
-        STATE.set(Some(state));
+        if CHANGES.get() == changes {
+            STATE.set(Some(state));
+        }
         state
     })
 }
@@ -73,9 +86,8 @@ fn listen() {
 
 #[pg_guard]
 unsafe extern "C-unwind" fn relation_changed(_argument: pg_sys::Datum, relation: pg_sys::Oid) {
-    let Some(state) = STATE.get() else { return };
-    let others = [state.installation, state.event_seq, state.delayed, state.delayed_seq, state.given_ids];
-    if relation == pg_sys::InvalidOid || others.contains(&relation) || state.is_segment(relation) {
+    if relation == pg_sys::InvalidOid || STATE.get().is_none_or(|state| state.rests_on(relation)) {
+        CHANGES.set(CHANGES.get().wrapping_add(1));
         STATE.set(None);
     }
 }
@@ -127,7 +139,7 @@ fn read_installation(installation: pg_sys::Oid) -> (i32, usize) {
     // SAFETY: the table has the columns of 01-installation.sql; values are read before the scan ends.
     unsafe {
         let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
-        let table = pg_sys::table_open(installation, lock);
+        let table = table::open(installation, pg_sys::AccessShareLock, COLUMNS);
         let scan = pg_sys::systable_beginscan(
             table,
             pg_sys::InvalidOid,

@@ -110,7 +110,7 @@ impl Wanted<'_> {
                 topic,
                 key: text(column::KEY),
                 content_type: text(column::CONTENT_TYPE),
-                headers: row.get(column::HEADERS).map(|headers| varlena::bytes(headers)),
+                headers: text(column::HEADERS),
                 payload: row.get(column::PAYLOAD).map(|payload| varlena::bytes(payload)),
             });
         }

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use dtm_tests::cluster::{Cluster, bin_dir};
 use dtm_tests::process;
-use dtm_tests::receiver::Receiver;
+use dtm_tests::receiver::{Received, Receiver};
 use dtm_tests::relay::Relay;
+use tokio_postgres::Client;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restored_dump_waits_to_be_resumed_and_then_goes_on_where_the_dump_stood() {
@@ -48,4 +49,81 @@ async fn a_restored_dump_waits_to_be_resumed_and_then_goes_on_where_the_dump_sto
     assert!(relay.terminate().await.success());
     let bodies: Vec<_> = receiver.received().iter().map(|request| request.body.clone()).collect();
     assert_eq!(bodies, ["1", "2", "3", "4"]);
+}
+
+/// Restores a dump of one database of the cluster into a new one.
+async fn copy(cluster: &Cluster, from: &str, to: &str) -> Client {
+    let dump = process::run(Command::new(bin_dir().join("pg_dump")).args(["-d", &cluster.url(from)]));
+    let create = format!("CREATE DATABASE {to}");
+    cluster.connect("postgres").await.batch_execute(&create).await.expect("a database");
+    cluster.psql(to, &dump);
+    cluster.connect(to).await
+}
+
+async fn publish(client: &Client, n: i32) {
+    let sql = "SELECT dtm.publish('t', to_jsonb($1::int), key => 'k')";
+    client.execute(sql, &[&n]).await.expect("publish");
+}
+
+fn bodies(receiver: &Receiver) -> Vec<String> {
+    let body = |request: &Received| String::from_utf8_lossy(&request.body).into_owned();
+    receiver.received().iter().map(body).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_was_restored_twice_before_its_first_relay_is_delivered_oldest_first() {
+    let cluster = Cluster::builder().start().await;
+    cluster.create_database("first").await;
+    let (waits, goes_on, late) = (Receiver::start().await, Receiver::start().await, Receiver::start().await);
+    let client = cluster.connect("first").await;
+    client.execute("SELECT dtm.subscribe('waits', 't', $1)", &[&waits.url()]).await.expect("subscribe");
+    let subscribe = "SELECT dtm.subscribe($1, 't', $2, '{\"on_restore\": \"continue\"}', $3)";
+    client.execute(subscribe, &[&"goes_on", &goes_on.url(), &"now"]).await.expect("subscribe");
+    publish(&client, 1).await;
+    publish(&client, 2).await;
+    let client = copy(&cluster, "first", "second").await;
+    publish(&client, 3).await;
+    let client = copy(&cluster, "second", "third").await;
+    publish(&client, 4).await;
+    client.execute(subscribe, &[&"late", &late.url(), &"earliest"]).await.expect("subscribe");
+
+    let mut relay = Relay::start(&cluster.url("third"));
+    for receiver in [&goes_on, &late] {
+        receiver.wait_for(4).await;
+        assert_eq!(bodies(receiver), ["1", "2", "3", "4"]);
+    }
+    let sql = "SELECT state FROM dtm.subscriptions ORDER BY name";
+    let rows = client.query(sql, &[]).await.expect("states");
+    let states: Vec<&str> = rows.iter().map(|row| row.get(0)).collect();
+    assert_eq!(states, ["active", "active", "paused"]);
+    assert_eq!(waits.count(), 0, "a restored database calls nobody unasked");
+    client.execute("SELECT dtm.resume('waits')", &[]).await.expect("resume");
+    publish(&client, 5).await;
+    for receiver in [&waits, &goes_on, &late] {
+        receiver.wait_for(5).await;
+        assert_eq!(bodies(receiver), ["1", "2", "3", "4", "5"]);
+    }
+    assert!(relay.terminate().await.success());
+}
+
+#[tokio::test]
+async fn eras_without_an_event_have_their_place_by_their_positions() {
+    let cluster = Cluster::builder().start().await;
+    cluster.create_database("first").await;
+    let mut client = cluster.connect("first").await;
+    let mut eras: Vec<i32> = Vec::new();
+    for (name, current, next) in
+        [("a", "first", "second"), ("b", "second", "third"), ("c", "third", "fourth")]
+    {
+        let sql = "SELECT dtm.subscribe($1, 't', 'http://127.0.0.1:9/')";
+        client.execute(sql, &[&name]).await.expect("subscribe");
+        eras.push(client.query_one("SELECT era FROM dtm.installation", &[]).await.expect("era").get(0));
+        client = copy(&cluster, current, next).await;
+    }
+    eras.push(client.query_one("SELECT era FROM dtm.installation", &[]).await.expect("era").get(0));
+    let hello = "SELECT eras FROM dtm.relay_hello('default')";
+    let found: Vec<i32> = client.query_one(hello, &[]).await.expect("hello").get(0);
+    assert_eq!(found, eras);
+    let again: Vec<i32> = client.query_one(hello, &[]).await.expect("hello").get(0);
+    assert_eq!(again, eras);
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: PostgreSQL
 //! From SQL to an endpoint: the form in which an event arrives, and what does not hold it up.
 
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dtm_tests::cluster::Cluster;
+use dtm_tests::process;
 use dtm_tests::receiver::{Received, Receiver, Reply};
 use dtm_tests::relay::Relay;
 use tokio_postgres::Client;
@@ -158,16 +159,84 @@ async fn a_writer_that_stays_open_and_a_reader_that_pins_the_horizon_delay_only_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_delayed_event_arrives_when_it_is_due() {
+async fn a_delayed_event_arrives_within_a_second_of_its_time_and_not_before() {
     let (cluster, client, receiver) = shop(false).await;
     let _relay = Relay::start(&cluster.url("shop"));
-    let sql = "SELECT dtm.publish('later', '1', deliver_at => now() + interval '1500 ms'), \
-               dtm.publish('now', '1'), dtm.publish('past', '1', deliver_at => now() - interval '1 h')";
+    let sql =
+        "SELECT dtm.publish('now', '1'), dtm.publish('past', '1', deliver_at => now() - interval '1 h')";
     client.execute(sql, &[]).await.expect("publish");
-    receiver.wait_for(3).await;
+    receiver.wait_for(2).await;
+    // Server, relay and receiver read one clock here.
+    let (now, since_epoch) = (Instant::now(), SystemTime::now().duration_since(UNIX_EPOCH).expect("a time"));
+    let times = [700, 1_100, 1_500, 2_300].map(Duration::from_millis);
+    for (n, time) in (0i32..).zip(times) {
+        let due = (since_epoch + time).as_secs_f64();
+        let sql = "SELECT dtm.publish('later', to_jsonb($1::int), deliver_at => to_timestamp($2))";
+        client.execute(sql, &[&n, &due]).await.expect("publish");
+    }
+    receiver.wait_for(2 + times.len()).await;
+    for (n, request) in receiver.received()[2..].iter().enumerate() {
+        assert_eq!(request.body, n.to_string(), "in the order of their times");
+        let at = request.at - now;
+        // The two clocks that are read above are a moment apart, and PostgreSQL counts microseconds.
+        assert!(at + Duration::from_millis(5) > times[n], "due after {:?}, it came after {at:?}", times[n]);
+        assert!(at < times[n] + Duration::from_secs(1), "due after {:?}, it came after {at:?}", times[n]);
+    }
+}
+
+#[tokio::test]
+async fn one_relay_at_a_time_moves_due_events() {
+    let (cluster, client, _receiver) = shop(false).await;
+    let due = "SELECT dtm.publish('t', to_jsonb(n), key => 'k', deliver_at => clock_timestamp() + interval '1 ms') \
+               FROM generate_series(1, 4) n";
+    client.execute(due, &[]).await.expect("publish");
+    let (first, second) = (cluster.connect("shop").await, cluster.connect("shop").await);
+    let relay_due = |client: Client, rows: i32| async move {
+        let row =
+            client.query_one("SELECT moved, next_in FROM dtm.relay_due($1)", &[&rows]).await.expect("due");
+        (client, (row.get::<_, i32>(0), row.get::<_, Option<f64>>(1)))
+    };
+    let all_due = process::eventually(DEADLINE, || async {
+        let sql = "SELECT max(due) < clock_timestamp() FROM dtm.delayed";
+        client.query_one(sql, &[]).await.expect("delayed").get::<_, bool>(0).then_some(())
+    });
+    assert!(all_due.await.is_some());
+    first.batch_execute("BEGIN").await.expect("BEGIN");
+    let (first, (moved, _)) = relay_due(first, 2).await;
+    assert_eq!(moved, 2);
+    let (second, (moved, next_in)) = relay_due(second, 2).await;
+    assert_eq!(moved, 0, "another one is at it");
+    assert!(next_in.is_some_and(|seconds| seconds > 0.0 && seconds < 0.5), "it looks again soon");
+    first.batch_execute("COMMIT").await.expect("COMMIT");
+    let (_, moved) = relay_due(second, 10).await;
+    assert_eq!(moved, (2, None));
+    let sql = "SELECT array_agg(payload::int ORDER BY seq) FROM dtm.events";
+    assert_eq!(client.query_one(sql, &[]).await.expect("events").get::<_, Vec<i32>>(0), [1, 2, 3, 4]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_event_arrives_byte_by_byte_as_it_was_published() {
+    let (cluster, client, receiver) = shop(false).await;
+    // Random, so that no compression makes it small: it is stored out of line.
+    let body: Vec<u8> = (0..500_000).map(|_| rand::random()).collect();
+    let sql = "CREATE TABLE document (body bytea)";
+    client.batch_execute(sql).await.expect("a table");
+    client.execute("INSERT INTO document VALUES ($1)", &[&body]).await.expect("a document");
+    let sql = "SELECT dtm.publish_bytes('now', $1, 'application/octet-stream'), \
+               dtm.publish_bytes('later', $1, 'application/octet-stream', deliver_at => now() + interval '300 ms'), \
+               dtm.publish_bytes('stored', (SELECT body FROM document), 'application/octet-stream'), \
+               dtm.publish('json', to_jsonb(encode($1, 'hex')), deliver_at => now() + interval '300 ms')";
+    client.execute(sql, &[&body]).await.expect("publish");
+    let _relay = Relay::start(&cluster.url("shop"));
+    receiver.wait_for(4).await;
+    let hex: String = body.iter().map(|byte| format!("{byte:02x}")).collect();
+    let quoted = format!("\"{hex}\"").into_bytes();
     let received = receiver.received();
-    assert_eq!(types(&received).last(), Some(&"later"));
-    let sql = "SELECT extract(epoch FROM max(published_at) - min(published_at))::float8 FROM dtm.events";
-    let apart: f64 = client.query_one(sql, &[]).await.expect("times").get(0);
-    assert!(apart >= 1.0, "it went {apart} s after the others");
+    let mut found = types(&received);
+    found.sort_unstable();
+    assert_eq!(found, ["json", "later", "now", "stored"]);
+    for request in &received {
+        let expected = if request.header("ce-type") == "json" { &quoted } else { &body };
+        assert!(request.body == expected[..], "{} is not what was published", request.header("ce-type"));
+    }
 }

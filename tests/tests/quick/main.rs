@@ -4,6 +4,7 @@
 mod concurrent;
 mod copies;
 mod delivery;
+mod encodings;
 mod positions;
 mod privileges;
 mod publish;
@@ -11,5 +12,8 @@ mod reading;
 mod receive;
 mod refusals;
 mod schedule;
+mod segments;
+mod source;
 mod subscriptions;
+mod versions;
 mod windows;

@@ -2,7 +2,7 @@
 //! Positions where it is easy to get them wrong: at the very beginning, in a transaction of one's own, at the end of a page
 //! of the WAL, and while waiting.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dtm_tests::cluster::Cluster;
 use dtm_tests::process::eventually;
@@ -143,4 +143,45 @@ async fn a_relay_that_waits_holds_no_snapshot_and_leaves_its_place_when_it_is_ki
     client.batch_execute("BEGIN").await.expect("BEGIN");
     let error = client.execute("CALL dtm.relay_wait($1, 10)", &[&head]).await.expect_err("in a transaction");
     assert_eq!(error.code().map(|code| code.code()), Some("25001"));
+}
+
+/// How long the commit of an event takes to end the wait of a session that waits for it already.
+async fn wake_up(client: &Client, waiter: Client, pid: i32, head: &str) -> (Client, Duration) {
+    let waiting = {
+        let head = head.to_owned();
+        tokio::spawn(async move {
+            waiter.execute("CALL dtm.relay_wait($1, 10000)", &[&head]).await.expect("to wait");
+            (waiter, Instant::now())
+        })
+    };
+    let asleep = eventually(DEADLINE, || async {
+        let sql = "SELECT FROM pg_stat_activity \
+                   WHERE pid = $1 AND query LIKE 'CALL%' AND state = 'active' AND wait_event_type = 'Extension'";
+        (!client.query(sql, &[&pid]).await.expect("pg_stat_activity").is_empty()).then_some(())
+    });
+    assert!(asleep.await.is_some(), "nobody waits");
+    let committing = Instant::now();
+    publish(client, 1).await;
+    let (waiter, woken) = waiting.await.expect("a waiter");
+    (waiter, woken - committing)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_wakes_who_waits_for_it() {
+    const ROUNDS: usize = 21;
+    let cluster = Cluster::builder().preload().start().await;
+    cluster.create_database("shop").await;
+    let client = cluster.connect("shop").await;
+    let mut waiter = cluster.connect("shop").await;
+    let pid: i32 = waiter.query_one("SELECT pg_backend_pid()", &[]).await.expect("pid").get(0);
+    let mut times = Vec::new();
+    for _ in 0..ROUNDS {
+        let head: String = client.query_one("SELECT dtm.relay_poll(NULL)", &[]).await.expect("head").get(0);
+        let (back, time) = wake_up(&client, waiter, pid, &head).await;
+        waiter = back;
+        times.push(time);
+    }
+    // One that is not woken looks by itself 100 ms after it fell asleep. A single time says nothing, their middle does.
+    times.sort_unstable();
+    assert!(times[ROUNDS / 2] < Duration::from_millis(40), "they were woken after {times:?}");
 }

@@ -21,7 +21,7 @@ fn assert_clear(sql: &str, error: &DbError, sqlstate: &str, part: &str) {
 }
 
 /// Arguments of `dtm.publish` that are wrong, with the SQLSTATE and something that the error names.
-const PUBLISH: [(&str, &str, &str); 41] = [
+const PUBLISH: [(&str, &str, &str); 42] = [
     ("NULL, '1'", "22023", "null"),
     ("'', '1'", "22023", "empty"),
     ("'.a', '1'", "22023", "empty segment"),
@@ -63,10 +63,11 @@ const PUBLISH: [(&str, &str, &str); 41] = [
     ("'t', '1', headers => '{\"ce-partitionkey\": \"x\"}'", "22023", "reserved"),
     ("'t', '1', headers => '{\"ce-datacontenttype\": \"x\"}'", "22023", "reserved"),
     ("'t', '1', headers => '{\"ce-My-Name\": \"x\"}'", "22023", "ce-subject"),
+    ("'t', '1', headers => '{\"ce-subject\": \"\"}'", "22023", "empty"),
 ];
 
 /// Statements that are wrong.
-const STATEMENTS: [(&str, &str, &str); 27] = [
+const STATEMENTS: [(&str, &str, &str); 33] = [
     ("SELECT dtm.publish('t', '1', deliver_at => 'infinity')", "22023", "infinity"),
     ("SELECT dtm.publish_bytes('t', 'x', NULL)", "22023", "content type"),
     ("SELECT dtm.publish_bytes('t', 'x', '')", "22023", "content type"),
@@ -95,6 +96,11 @@ const STATEMENTS: [(&str, &str, &str); 27] = [
     ("SELECT dtm.subscribe('s', 't', 'nonsense')", "22023", "http"),
     ("SELECT dtm.subscribe('s', 't', 'kafka://h/t')", "0A000", "kafka"),
     ("SELECT dtm.subscribe('s', 't', 'http://u:secret@h/')", "22023", "credential"),
+    // Not where credentials belong, and yet some that must not be repeated.
+    ("SELECT dtm.subscribe('s', 't', 'u:secret@h/x')", "22023", "absolute URI"),
+    ("SELECT dtm.subscribe('s', 't', 'https:/u:secret@h')", "22023", "absolute URI"),
+    ("SELECT dtm.subscribe('s', 't', 'https://u:secret@h/' || repeat('x', 2048))", "22023", "2048"),
+    ("SELECT dtm.subscribe('s', 't', 'ftp://h/u:secret@h')", "0A000", "ftp"),
     ("SELECT dtm.subscribe('s', 't', 'http://h/', '{\"tiemout\": 1}')", "22023", "max_in_flight"),
     ("SELECT dtm.subscribe('s', 't', 'http://h/', '{\"timeout\": \"soon\"}')", "22023", "timeout"),
     ("SELECT dtm.subscribe('s', 't', 'http://h/', '{\"max_in_flight\": 0}')", "22023", "1024"),
@@ -102,6 +108,8 @@ const STATEMENTS: [(&str, &str, &str); 27] = [
     ("SELECT dtm.subscribe('s', 't', 'http://h/', '[]')", "22023", "options"),
     ("SELECT dtm.subscribe('s', 't', 'http://h/', start_at => 'soon')", "22023", "earliest"),
     ("SELECT dtm.receive('', gen_random_uuid())", "22023", "consumer"),
+    ("SELECT dtm.purge(0)", "22023", "positive"),
+    ("SELECT dtm.purge(NULL)", "22023", "null"),
 ];
 
 #[tokio::test]
@@ -134,8 +142,8 @@ async fn nothing_is_published_in_a_read_only_transaction_and_the_limit_of_payloa
     cluster.create_database("shop").await;
     let client = cluster.connect("shop").await;
     client.batch_execute("BEGIN READ ONLY").await.expect("BEGIN");
-    let error = refusal(&client, "SELECT dtm.publish('t', '1')").await;
-    assert_eq!(error.code().code(), "25006");
+    let publish = "SELECT dtm.publish('t', '1')";
+    assert_clear(publish, &refusal(&client, publish).await, "25006", "read-only");
     client.batch_execute("ROLLBACK").await.expect("ROLLBACK");
     let sql = "CREATE ROLE app LOGIN; GRANT USAGE ON SCHEMA dtm TO app; GRANT EXECUTE ON FUNCTION dtm.publish TO app; \
                ALTER DATABASE shop SET dtm.max_payload = '2kB'";

@@ -9,6 +9,8 @@ use tokio_postgres::Client;
 
 /// Sessions that write.
 const WRITERS: usize = 5;
+/// The subscription that a transaction of a schedule can make.
+pub const INSIDE: &str = "inside";
 /// Aggregates, of which one transaction at a time has the lock.
 const KEYS: usize = 3;
 
@@ -17,6 +19,9 @@ const KEYS: usize = 3;
 pub struct Truth {
     /// Events of transactions that committed, in the order of the commits, and of publishing inside a transaction.
     pub committed: Vec<Published>,
+    /// A transaction of the schedule subscribed [`INSIDE`] and committed: how many of `committed` it does not get, which are
+    /// those that were committed when it subscribed.
+    pub subscribed_behind: Option<usize>,
 }
 
 /// One event as it was published.
@@ -34,6 +39,7 @@ struct Transaction {
     /// Published so far, by savepoint: rolling back to a savepoint drops the last list.
     events: Vec<Vec<Published>>,
     locked: BTreeSet<usize>,
+    subscribed_behind: Option<usize>,
 }
 
 /// The writers of a schedule.
@@ -43,6 +49,7 @@ pub struct Writers<'a> {
     prepared: BTreeMap<String, Transaction>,
     random: StdRng,
     next_n: i64,
+    has_subscribed: bool,
     seed: u64,
     pub truth: Truth,
 }
@@ -57,6 +64,7 @@ impl<'a> Writers<'a> {
             prepared: BTreeMap::new(),
             random: StdRng::seed_from_u64(seed),
             next_n: 0,
+            has_subscribed: false,
             seed,
             truth: Truth::default(),
         }
@@ -81,13 +89,14 @@ impl<'a> Writers<'a> {
         if !self.transactions[writer].open {
             return self.step_outside(writer).await;
         }
-        match self.random.random_range(0..12) {
+        match self.random.random_range(0..13) {
             0 => self.run(writer, "SELECT pg_current_xact_id()").await,
             1..=5 => self.publish(writer).await,
             6 => self.savepoint(writer).await,
             7 => self.rollback_to(writer).await,
             8 | 9 => self.end(writer, true).await,
             10 => self.end(writer, false).await,
+            11 => self.subscribe(writer).await,
             _ => self.prepare(writer).await,
         }
     }
@@ -97,7 +106,16 @@ impl<'a> Writers<'a> {
             0 => self.run(writer, "SELECT pg_current_xact_id()").await,
             1 | 2 if !self.prepared.is_empty() => self.end_prepared(writer).await,
             _ => {
-                self.run(writer, "BEGIN").await;
+                // In one of REPEATABLE READ the snapshot is as old as its first statement.
+                let repeatable_read = self.random.random_range(0..3) == 0;
+                self.run(
+                    writer,
+                    if repeatable_read { "BEGIN ISOLATION LEVEL REPEATABLE READ" } else { "BEGIN" },
+                )
+                .await;
+                if repeatable_read {
+                    self.run(writer, "SELECT count(*) FROM dtm.log").await;
+                }
                 self.transactions[writer] =
                     Transaction { open: true, events: vec![Vec::new()], ..Transaction::default() };
             }
@@ -141,6 +159,21 @@ impl<'a> Writers<'a> {
         events.last_mut().expect("an open transaction has a list").extend(published);
     }
 
+    /// Once in a schedule, and not where a rollback to a savepoint would take it back.
+    async fn subscribe(&mut self, writer: usize) {
+        if self.has_subscribed || self.transactions[writer].events.len() > 1 {
+            return;
+        }
+        self.has_subscribed = true;
+        self.run(writer, &format!("SELECT dtm.subscribe('{INSIDE}', 't.*', 'http://127.0.0.1:9/')")).await;
+        self.transactions[writer].subscribed_behind = Some(self.truth.committed.len());
+    }
+
+    fn committed(&mut self, transaction: Transaction) {
+        self.truth.committed.extend(transaction.events.into_iter().flatten());
+        self.truth.subscribed_behind = self.truth.subscribed_behind.or(transaction.subscribed_behind);
+    }
+
     async fn savepoint(&mut self, writer: usize) {
         self.run(writer, "SAVEPOINT s").await;
         self.transactions[writer].events.push(Vec::new());
@@ -160,7 +193,7 @@ impl<'a> Writers<'a> {
         self.run(writer, if commit { "COMMIT" } else { "ROLLBACK" }).await;
         let transaction = std::mem::take(&mut self.transactions[writer]);
         if commit {
-            self.truth.committed.extend(transaction.events.into_iter().flatten());
+            self.committed(transaction);
         }
     }
 
@@ -181,7 +214,7 @@ impl<'a> Writers<'a> {
         let commit = self.random.random_range(0..3) > 0;
         self.run(writer, &format!("{} PREPARED '{gid}'", if commit { "COMMIT" } else { "ROLLBACK" })).await;
         if commit {
-            self.truth.committed.extend(transaction.events.into_iter().flatten());
+            self.committed(transaction);
         }
     }
 

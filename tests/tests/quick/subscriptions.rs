@@ -149,3 +149,32 @@ async fn the_view_tells_state_owner_and_lag() {
     assert_eq!((row.get::<_, &str>(1), row.get::<_, i64>(3)), ("test", 5));
     assert!(row.get::<_, f64>(2) > 0.0);
 }
+
+/// The lag in seconds, and in events.
+async fn lag(client: &Client) -> (Option<f64>, Option<i64>) {
+    let row =
+        client.query_one("SELECT lag_seconds, lag_events FROM dtm.subscriptions", &[]).await.expect("it");
+    (row.get(0), row.get(1))
+}
+
+#[tokio::test]
+async fn the_lag_counts_what_a_transaction_published_that_ended_after_the_cursor_had_passed() {
+    let (cluster, client) = shop().await;
+    client.execute("SELECT dtm.subscribe('s', 't', 'http://127.0.0.1:9/')", &[]).await.expect("subscribe");
+    let open = cluster.connect("shop").await;
+    open.batch_execute("BEGIN; SELECT dtm.publish('t', '1')").await.expect("publish");
+    for n in 2..=4 {
+        publish(&client, "t", n).await;
+    }
+    leased(&client).await;
+    let save = "SELECT dtm.relay_move(ARRAY[dtm.relay_poll(NULL)], ARRAY[s.id], ARRAY[0], ARRAY[s.epoch], ARRAY[o.token], \
+                ARRAY[-1::bigint], ARRAY[NULL::bigint], ARRAY[0::bigint]) \
+                FROM dtm.subscription s JOIN dtm.owners o ON o.subscription = s.id";
+    client.execute(save, &[]).await.expect("a cursor");
+    assert_eq!(lag(&client).await, (Some(0.0), Some(0)), "what is not committed is not late");
+    open.batch_execute("COMMIT").await.expect("COMMIT");
+    let (seconds, events) = lag(&client).await;
+    assert!(seconds.is_some_and(|seconds| seconds > 0.0) && events.is_some_and(|events| events >= 1));
+    client.execute("DELETE FROM dtm.cursor_log_1", &[]).await.expect("delete");
+    assert_eq!(lag(&client).await, (None, None), "without a cursor there is nothing to measure from");
+}

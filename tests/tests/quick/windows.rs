@@ -10,9 +10,11 @@ use rand::{Rng, SeedableRng};
 use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
 
-use crate::schedule::{Published, Writers};
+use crate::reading::pending;
+use crate::schedule::{INSIDE, Published, Writers};
 
 const SCHEDULES_IN_CI: u64 = 300;
+const NAIVE_SCHEDULES: u64 = 60;
 const STEPS: usize = 70;
 const RELAY: &str = "'00000000-0000-0000-0000-0000000000aa'::uuid";
 
@@ -191,6 +193,7 @@ struct Sessions {
     _cluster: Cluster,
     writers: Vec<Client>,
     reader: Client,
+    switch: Client,
 }
 
 async fn sessions() -> Sessions {
@@ -204,18 +207,54 @@ async fn sessions() -> Sessions {
     for _ in 0..Writers::sessions() {
         writers.push(cluster.connect("windows").await);
     }
-    Sessions { _cluster: cluster, writers, reader }
+    let switch = cluster.connect("windows").await;
+    Sessions { _cluster: cluster, writers, reader, switch }
 }
 
-/// Runs one schedule; answers what was committed, in order, and what was read.
-async fn run(sessions: &Sessions, mut reader: impl Reader, seed: u64) -> (Vec<Published>, Vec<i64>) {
+/// Has the log and the control tables written in other segments from now on.
+async fn switch_segments(client: &Client, random: &mut StdRng) {
+    let (log, control) = (random.random_range(1..=3), random.random_range(1..=2));
+    let sql = format!(
+        "UPDATE dtm.installation SET log_segment = {log}, control_segment = {control}; SELECT dtm.installation_changed()"
+    );
+    client.batch_execute(&sql).await.expect("a switch");
+}
+
+/// What one schedule has brought about.
+struct Outcome {
+    /// In the order of the commits.
+    committed: Vec<Published>,
+    read: Vec<i64>,
+    /// What a subscription made within the schedule should get, and gets.
+    inside: Option<(Vec<i64>, Vec<i64>)>,
+}
+
+async fn read_inside(sessions: &Sessions, committed: &[Published], behind: usize) -> (Vec<i64>, Vec<i64>) {
+    let found = pending(&sessions.reader, INSIDE).await;
+    sessions.reader.execute("SELECT dtm.unsubscribe($1)", &[&INSIDE]).await.expect("unsubscribe");
+    let expected = committed[behind..].iter().map(|event| event.n).collect();
+    (expected, found.iter().map(|payload| number(payload.as_bytes())).collect())
+}
+
+/// Runs one schedule.
+async fn run(sessions: &Sessions, mut reader: impl Reader, seed: u64) -> Outcome {
     let mut random = StdRng::seed_from_u64(!seed);
     let mut writers = Writers::new(&sessions.writers, seed);
     for _ in 0..STEPS {
-        if random.random_range(0..10) < 7 { writers.step().await } else { reader.step(&mut random).await }
+        match random.random_range(0..20) {
+            0 => switch_segments(&sessions.switch, &mut random).await,
+            1..=13 => writers.step().await,
+            _ => reader.step(&mut random).await,
+        }
     }
     writers.end_all().await;
-    (writers.truth.committed, reader.finish().await)
+    let committed = writers.truth.committed;
+    let read = reader.finish().await;
+    let inside = match writers.truth.subscribed_behind {
+        Some(behind) => Some(read_inside(sessions, &committed, behind).await),
+        None => None,
+    };
+    Outcome { committed, read, inside }
 }
 
 fn sorted(mut numbers: Vec<i64>) -> Vec<i64> {
@@ -229,16 +268,36 @@ fn of_key(committed: &[Published], read: &[i64], key: &str) -> (Vec<i64>, Vec<i6
     (expected.collect(), read.iter().copied().filter(in_key).collect())
 }
 
+async fn assert_every_segment_was_written(client: &Client) {
+    for table in [
+        "log_1",
+        "log_2",
+        "log_3",
+        "position_log_1",
+        "position_log_2",
+        "cursor_log_1",
+        "cursor_log_2",
+        "lease_log_1",
+        "lease_log_2",
+        "heartbeat_log_1",
+        "heartbeat_log_2",
+    ] {
+        let sql = format!("SELECT count(*) FROM dtm.{table}");
+        let rows: i64 = client.query_one(&sql, &[]).await.expect(table).get(0);
+        assert!(rows > 0, "dtm.{table} was never written");
+    }
+}
+
 #[tokio::test]
 async fn every_committed_event_is_read_exactly_once_and_a_key_in_commit_order() {
     let sessions = sessions().await;
     let first = setting("DTM_SEED", rand::random::<u32>().into());
     let schedules = setting("DTM_SCHEDULES", SCHEDULES_IN_CI);
     println!("{schedules} schedules from seed {first}");
-    let mut events = 0;
+    let (mut events, mut subscribed) = (0, 0);
     for seed in first..first + schedules {
         let reader = CursorReader::begin(&sessions.reader).await;
-        let (committed, read) = run(&sessions, reader, seed).await;
+        let Outcome { committed, read, inside } = run(&sessions, reader, seed).await;
         let numbers = committed.iter().map(|event| event.n).collect();
         assert_eq!(
             sorted(numbers),
@@ -249,21 +308,29 @@ async fn every_committed_event_is_read_exactly_once_and_a_key_in_commit_order() 
             let (expected, found) = of_key(&committed, &read, key);
             assert_eq!(expected, found, "DTM_SEED={seed} DTM_SCHEDULES=1: order of key {key}");
         }
+        if let Some((expected, found)) = inside {
+            assert_eq!(sorted(expected), sorted(found), "DTM_SEED={seed} DTM_SCHEDULES=1: subscribed inside");
+            subscribed += 1;
+        }
         events += committed.len();
     }
-    println!("{events} events, each read once");
+    println!("{events} events, each read once; {subscribed} subscriptions made within a schedule");
     assert!(events as u64 > schedules, "the schedules hardly committed anything");
+    if schedules >= 100 {
+        assert!(subscribed > 10, "the schedules hardly subscribed");
+        assert_every_segment_was_written(&sessions.reader).await;
+    }
 }
 
 #[tokio::test]
 async fn the_naive_position_loses_events_in_the_same_schedules() {
     let sessions = sessions().await;
     let mut losses = 0;
-    for seed in 0..60 {
+    for seed in 0..NAIVE_SCHEDULES {
         let reader = NaiveReader::begin(&sessions.reader).await;
-        let (committed, read) = run(&sessions, reader, seed).await;
-        losses += usize::from(committed.iter().any(|event| !read.contains(&event.n)));
+        let Outcome { committed, read, .. } = run(&sessions, reader, seed).await;
+        losses += u64::from(committed.iter().any(|event| !read.contains(&event.n)));
     }
-    println!("the naive position lost events in {losses} of 60 schedules");
-    assert!(losses > 0, "these schedules cannot tell a wrong position from a right one");
+    println!("the naive position lost events in {losses} of {NAIVE_SCHEDULES} schedules");
+    assert!(losses * 2 >= NAIVE_SCHEDULES, "these schedules hardly tell a wrong position from a right one");
 }

@@ -163,6 +163,16 @@ async fn of_several_hosts_the_primary_is_taken_and_a_standby_alone_is_refused() 
     let (first, second) = (standby.port(), primary.port());
     let hosts = format!("postgres://postgres@127.0.0.1:1,127.0.0.1:{first},127.0.0.1:{second}/shop");
     assert_delivers(&primary, &hosts).await;
+    let replayed = process::eventually(std::time::Duration::from_secs(30), || async {
+        let sql = "SELECT FROM pg_extension WHERE extname = 'pg_dtm'";
+        (!standby.connect("shop").await.query(sql, &[]).await.ok()?.is_empty()).then_some(())
+    });
+    assert!(replayed.await.is_some());
+    let error = standby.connect("shop").await.batch_execute("SELECT dtm.publish('t', '1')").await;
+    let error = error.expect_err("published on a standby");
+    let error = error.as_db_error().expect("an error of the database");
+    assert_eq!((error.code().code(), error.detail()), ("25006", Some("The server is a standby.")));
+    assert!(error.hint().is_some());
     let (fine, said) = check(&standby.url("shop"));
     assert!(!fine && said.contains("standby") && said.contains("to mend it"), "{said}");
 }
@@ -172,9 +182,12 @@ async fn a_unix_socket_is_a_host_and_options_reach_the_server() {
     let cluster = Cluster::builder().start().await;
     cluster.create_database("shop").await;
     let socket = cluster.sockets().display().to_string().replace('/', "%2F");
-    let url =
-        format!("postgres://postgres@{socket}:{}/shop?options=-c%20dtm.source%3D%2Fours", cluster.port());
-    let (fine, said) = check(&url);
-    assert!(fine && said.contains("ce-source is /ours"), "{said}");
-    assert_delivers(&cluster, &url).await;
+    let url = |options: &str| {
+        format!("postgres://postgres@{socket}:{}/shop?options=-c%20{options}", cluster.port())
+    };
+    let hello = "dtm.relay_hello";
+    assert_delivers(&cluster, &url("log_statement%3Dnone")).await;
+    assert!(!cluster.log().contains(hello), "statements are not logged unless somebody asks for it");
+    assert_delivers(&cluster, &url("log_statement%3Dall")).await;
+    assert!(cluster.log().contains(hello), "the options did not reach the server");
 }

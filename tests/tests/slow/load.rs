@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use dtm_tests::cluster::Cluster;
@@ -25,6 +25,8 @@ const AGGREGATES: u32 = 8;
 pub struct Habits {
     /// One in so many commits is asynchronous: a crash may take it back.
     pub asynchronous_one_in: u32,
+    /// One in so many transactions is prepared first: a crash finds it between PREPARE and COMMIT. 0: none.
+    pub prepared_one_in: u32,
     /// A pause after each transaction.
     pub pause: Duration,
 }
@@ -32,6 +34,7 @@ pub struct Habits {
 /// Running writers.
 pub struct Load {
     stop: Arc<AtomicBool>,
+    survivors: Arc<AtomicUsize>,
     writers: Vec<JoinHandle<Ledger>>,
 }
 
@@ -47,14 +50,19 @@ pub async fn prepare(client: &Client) {
 impl Load {
     /// Starts writers on a database that is prepared.
     pub fn start(cluster: &Cluster, database: &str, writers: u64, habits: Habits) -> Load {
-        let stop = Arc::new(AtomicBool::new(false));
+        let (stop, survivors) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let writers = (0..writers)
             .map(|n| {
-                let (url, stop) = (cluster.url(database), stop.clone());
-                tokio::spawn(async move { write(&url, n, habits, &stop).await })
+                let (url, stop, survivors) = (cluster.url(database), stop.clone(), survivors.clone());
+                tokio::spawn(async move { write(&url, n, habits, &stop, &survivors).await })
             })
             .collect();
-        Load { stop, writers }
+        Load { stop, survivors, writers }
+    }
+
+    /// How many prepared transactions were committed by another session than had prepared them.
+    pub fn survivors(&self) -> usize {
+        self.survivors.load(Ordering::SeqCst)
     }
 
     /// Ends them and answers what they have committed.
@@ -66,6 +74,19 @@ impl Load {
         }
         ledger
     }
+}
+
+/// How long a transaction stays prepared.
+const PREPARED_FOR: Duration = Duration::from_millis(15);
+
+/// A transaction on its way through PREPARE TRANSACTION.
+struct Prepared {
+    gid: String,
+    ids: Vec<String>,
+    /// PREPARE was answered: it outlives everything.
+    certain: bool,
+    /// The session that prepared it is gone.
+    orphaned: bool,
 }
 
 /// A connection of a writer's.
@@ -113,17 +134,28 @@ impl Session {
         Ok(ids)
     }
 
+    /// Commits a prepared transaction; answers whether it was there.
+    async fn commit_prepared(&self, gid: &str) -> Result<bool, tokio_postgres::Error> {
+        let there = "SELECT FROM pg_prepared_xacts WHERE gid = $1";
+        if self.client.query(there, &[&gid]).await?.is_empty() {
+            return Ok(false);
+        }
+        self.client.batch_execute(&format!("COMMIT PREPARED '{gid}'")).await?;
+        Ok(true)
+    }
+
     async fn event(&self, name: &str) -> Result<String, tokio_postgres::Error> {
         let version: i32 = self.client.query_one(&self.raise, &[&name]).await?.get(0);
         Ok(self.client.query_one(&self.publish, &[&version, &name]).await?.get(0))
     }
 }
 
-async fn write(url: &str, writer: u64, habits: Habits, stop: &AtomicBool) -> Ledger {
+async fn write(url: &str, writer: u64, habits: Habits, stop: &AtomicBool, survivors: &AtomicUsize) -> Ledger {
     let mut random = StdRng::seed_from_u64(writer);
     let mut ledger = Ledger::default();
-    let mut session = None;
-    while !stop.load(Ordering::SeqCst) {
+    let (mut session, mut prepared): (_, Option<Prepared>) = (None, None);
+    let mut transactions = 0;
+    while prepared.is_some() || !stop.load(Ordering::SeqCst) {
         let Some(open) = &session else {
             session = Session::open(url).await;
             if session.is_none() {
@@ -131,6 +163,26 @@ async fn write(url: &str, writer: u64, habits: Habits, stop: &AtomicBool) -> Led
             }
             continue;
         };
+        if let Some(mut pending) = prepared.take() {
+            match open.commit_prepared(&pending.gid).await {
+                Ok(there) => {
+                    survivors.fetch_add(usize::from(there && pending.orphaned), Ordering::SeqCst);
+                    // Not there any more: an earlier COMMIT PREPARED took effect without an answer.
+                    if there || pending.certain {
+                        ledger.commit("", pending.ids)
+                    } else {
+                        ledger.roll_back(pending.ids)
+                    }
+                }
+                Err(_) => {
+                    pending.orphaned = true;
+                    prepared = Some(pending);
+                    session = None;
+                }
+            }
+            continue;
+        }
+        transactions += 1;
         let asynchronous =
             habits.asynchronous_one_in > 0 && random.random_range(0..habits.asynchronous_one_in) == 0;
         let mut undone = Vec::new();
@@ -146,6 +198,15 @@ async fn write(url: &str, writer: u64, habits: Habits, stop: &AtomicBool) -> Led
             if open.client.batch_execute("ROLLBACK").await.is_err() {
                 session = None;
             }
+        } else if habits.prepared_one_in > 0 && random.random_range(0..habits.prepared_one_in) == 0 {
+            let gid = format!("{writer}-{transactions}");
+            let certain = open.client.batch_execute(&format!("PREPARE TRANSACTION '{gid}'")).await.is_ok();
+            if certain {
+                tokio::time::sleep(PREPARED_FOR).await;
+            } else {
+                session = None;
+            }
+            prepared = Some(Prepared { gid, ids, certain, orphaned: !certain });
         } else {
             let committed = open.client.batch_execute("COMMIT").await.is_ok();
             if committed && !asynchronous {

@@ -66,8 +66,12 @@ async fn a_relay_killed_twenty_times_loses_nothing_and_repeats_only_what_it_sent
     client.execute(subscribe, &[&receiver.url()]).await.expect("subscribe");
     let toml = format!("lease = 1\n[database.shop]\nurl = \"{}\"\n", cluster.url("shop"));
     let mut relay = Relay::start_configured(&toml);
-    let load =
-        Load::start(&cluster, "shop", 4, Habits { asynchronous_one_in: 4, pause: Duration::from_millis(2) });
+    let load = Load::start(
+        &cluster,
+        "shop",
+        4,
+        Habits { asynchronous_one_in: 4, prepared_one_in: 0, pause: Duration::from_millis(2) },
+    );
 
     let mut random = StdRng::seed_from_u64(2);
     let mut may_repeat: HashMap<String, usize> = HashMap::new();

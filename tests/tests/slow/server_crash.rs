@@ -19,6 +19,7 @@ async fn survives(preload: bool, habits: Habits, seed: u64) {
     let mut builder = Cluster::builder()
         // Nobody but those who need it writes the WAL out: what is asynchronous is really lost in a crash.
         .config("wal_writer_delay", "10s")
+        .config("max_prepared_transactions", "10")
         .config("checkpoint_timeout", "30s");
     if preload {
         builder = builder.preload();
@@ -43,7 +44,9 @@ async fn survives(preload: bool, habits: Habits, seed: u64) {
     }
     let more = receiver.count() + 50;
     receiver.wait_until("after the last kill", DEADLINE, |received| received.len() >= more).await;
+    let survivors = load.survivors();
     let ledger = load.stop().await;
+    assert!(survivors > 0, "no crash met a prepared transaction");
     let client = cluster.connect("shop").await;
     let complete = process::eventually(DEADLINE, || async {
         (load::missing(&client, &receiver.received()).await == 0).then_some(())
@@ -53,17 +56,25 @@ async fn survives(preload: bool, habits: Habits, seed: u64) {
     let (events, duplicates) = load::assert_all_arrived(&client, &ledger, &receiver.received()).await;
     let unknown = ledger.unknown.iter().flatten().count();
     println!(
-        "{events} events, {} rolled back, {unknown} asynchronous or in doubt, {KILLS} kills, {duplicates} duplicates",
+        "{events} events, {} rolled back, {unknown} asynchronous or in doubt, {KILLS} kills, \
+         {survivors} prepared before one and committed after it, {duplicates} duplicates",
         ledger.rolled_back.len()
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_server_with_rolled_back_and_asynchronous_publishes_loses_nothing_and_invents_nothing() {
-    survives(true, Habits { asynchronous_one_in: 2, pause: Duration::from_millis(2) }, 1).await;
+async fn a_killed_server_with_rolled_back_prepared_and_asynchronous_publishes_loses_nothing_and_invents_nothing()
+ {
+    survives(true, Habits { asynchronous_one_in: 2, prepared_one_in: 4, pause: Duration::from_millis(2) }, 1)
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_server_where_every_commit_is_asynchronous_delivers_nothing_that_it_lost() {
-    survives(false, Habits { asynchronous_one_in: 1, pause: Duration::from_millis(5) }, 2).await;
+async fn a_killed_server_where_every_commit_is_asynchronous_or_prepared_delivers_nothing_that_it_lost() {
+    survives(
+        false,
+        Habits { asynchronous_one_in: 1, prepared_one_in: 4, pause: Duration::from_millis(5) },
+        2,
+    )
+    .await;
 }
