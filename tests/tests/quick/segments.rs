@@ -64,7 +64,7 @@ async fn a_relay_delivers_across_switches_and_over_a_restart_each_event_once_and
             publish(&client, n).await;
         }
         receiver.wait_for(usize::try_from(n).expect("a count") - 5).await;
-        if round % 2 == 1 {
+        if round % 2 == 1 && round < 7 {
             // Cursor and lease stand in the segment that is left with the next switch.
             assert!(relay.terminate().await.success());
             relay.restart();
