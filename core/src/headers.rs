@@ -84,8 +84,15 @@ fn check_name(name: &str) -> Result<(), HeaderError> {
     }
 }
 
+/// Checks the name of a header that a subscription adds to every request: one that an event may carry, and no attribute of
+/// the event.
+pub fn check_subscription_name(name: &str) -> Result<(), HeaderError> {
+    check_name(name)?;
+    if name.to_ascii_lowercase().starts_with("ce-") { Err(HeaderError::Reserved) } else { Ok(()) }
+}
+
 /// Checks a header's value: any text without control characters.
-fn check_value(value: &str) -> Result<(), HeaderError> {
+pub fn check_value(value: &str) -> Result<(), HeaderError> {
     if value.chars().any(char::is_control) { Err(HeaderError::ControlCharacter) } else { Ok(()) }
 }
 

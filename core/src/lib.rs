@@ -11,9 +11,10 @@ pub mod headers;
 pub mod options;
 pub mod page;
 pub mod position;
+pub mod shard;
 pub mod topic;
 pub mod window;
 
 /// The protocol that this build speaks between relay and extension: the SQL functions that the relay calls, the page
 /// format and the text of a position. `dtm.protocol()` answers the least and the greatest that the extension knows.
-pub const PROTOCOL: i32 = 1;
+pub const PROTOCOL: i32 = 2;

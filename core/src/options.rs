@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: PostgreSQL
 //! The options of a subscription: checked when it is made, read by the relay.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::duration;
+use crate::headers::{check_subscription_name, check_value};
 
 /// In which order a subscription's events go out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,8 +27,42 @@ pub enum OnRestore {
     Continue,
 }
 
-/// The options of a subscription, with their defaults filled in.
+/// What becomes of a key whose event is a dead letter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnDead {
+    /// Its later events go on.
+    Continue,
+    /// They wait until the dead letter is redriven or discarded.
+    Block,
+}
+
+/// When a failed attempt is followed by another.
 #[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Retry {
+    /// Delays with a bound that doubles.
+    Exponential {
+        /// The bound of the first delay.
+        base: Duration,
+        /// The greatest bound.
+        cap: Duration,
+        /// How many attempts there are, the first included.
+        attempts: u32,
+    },
+    /// One bound after each attempt; the last attempt comes after the last of them.
+    Schedule(Vec<Duration>),
+}
+
+/// The value of a header that goes with every request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HeaderSource {
+    /// This text.
+    Text(String),
+    /// A secret that the relay's configuration holds under this name.
+    Secret(String),
+}
+
+/// The options of a subscription, with their defaults filled in.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// How long one attempt may take, connecting included.
     pub timeout: Duration,
@@ -34,10 +70,16 @@ pub struct Options {
     pub max_in_flight: u32,
     /// In which order events go out.
     pub ordering: Ordering,
-    /// The bound of the first retry's delay; it doubles from there.
-    pub retry_base: Duration,
-    /// The greatest bound that it doubles up to.
-    pub retry_cap: Duration,
+    /// How many requests may be made in a second.
+    pub rate_limit: Option<f64>,
+    /// When a failed attempt is followed by another.
+    pub retry: Retry,
+    /// What a dead letter does to its key.
+    pub on_dead: OnDead,
+    /// Into how many parts the subscription is split, by hash of the key: relays share them.
+    pub shards: u32,
+    /// Headers that go with every request, by lower-case name.
+    pub headers: BTreeMap<String, HeaderSource>,
     /// What a restore does.
     pub on_restore: OnRestore,
 }
@@ -48,8 +90,15 @@ impl Default for Options {
             timeout: Duration::from_secs(15),
             max_in_flight: 32,
             ordering: Ordering::Key,
-            retry_base: Duration::from_secs(1),
-            retry_cap: Duration::from_secs(3_600),
+            rate_limit: None,
+            retry: Retry::Exponential {
+                base: Duration::from_secs(1),
+                cap: Duration::from_secs(3_600),
+                attempts: 25,
+            },
+            on_dead: OnDead::Continue,
+            shards: 1,
+            headers: BTreeMap::new(),
             on_restore: OnRestore::Pause,
         }
     }
@@ -57,8 +106,14 @@ impl Default for Options {
 
 /// Every option with what it takes, for hints.
 pub const OPTIONS: &str = "timeout (duration, above 0, at most 1h), max_in_flight (1 to 1024), \
-    ordering (\"key\" or \"none\"), retry_base (duration, above 0), retry_cap (duration, at least retry_base), \
+    ordering (\"key\" or \"none\"), rate_limit (requests a second, 0.001 to 1000000), retry_base (duration, above 0), \
+    retry_cap (duration, at least retry_base), retry_attempts (1 to 100), \
+    retry_schedule (1 to 99 durations, instead of the three before), on_dead (\"continue\" or \"block\"), \
+    shards (1 to 64), headers (an object of strings; \"secret:NAME\" is looked up by the relay), \
     on_restore (\"pause\" or \"continue\")";
+
+/// The most headers that a subscription may add.
+const HEADERS_MAX: usize = 32;
 
 /// What is wrong with the options of a subscription.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -83,47 +138,117 @@ impl Options {
     /// Reads options from JSON. Unknown names and values out of bounds are errors; what is absent has its default.
     pub fn from_json(json: &Value) -> Result<Self, OptionError> {
         let object = json.as_object().ok_or(OptionError::NotAnObject)?;
-        let mut options = Options::default();
+        let mut options = Options { retry: retry(object)?, ..Options::default() };
         for (name, value) in object {
-            let bad = || OptionError::Value { option: name.clone(), value: value.to_string() };
-            match name.as_str() {
-                "timeout" => {
-                    let longest = Duration::from_secs(3_600);
-                    options.timeout = positive(value).filter(|t| *t <= longest).ok_or_else(bad)?;
-                }
-                "max_in_flight" => {
-                    let count = value.as_u64().filter(|n| (1..=1_024).contains(n)).ok_or_else(bad)?;
-                    options.max_in_flight = count as u32;
-                }
-                "ordering" => {
-                    options.ordering = match value.as_str() {
-                        Some("key") => Ordering::Key,
-                        Some("none") => Ordering::None,
-                        _ => return Err(bad()),
-                    }
-                }
-                "retry_base" => options.retry_base = positive(value).ok_or_else(bad)?,
-                "retry_cap" => options.retry_cap = positive(value).ok_or_else(bad)?,
-                "on_restore" => {
-                    options.on_restore = match value.as_str() {
-                        Some("pause") => OnRestore::Pause,
-                        Some("continue") => OnRestore::Continue,
-                        _ => return Err(bad()),
-                    }
-                }
-                _ => return Err(OptionError::Unknown(name.clone())),
+            let known = options.set(name, value).ok_or_else(|| bad(name, value))?;
+            if !known {
+                return Err(OptionError::Unknown(name.clone()));
             }
-        }
-        if options.retry_cap < options.retry_base {
-            let value = format!("{} s: it is below retry_base", options.retry_cap.as_secs_f64());
-            return Err(OptionError::Value { option: "retry_cap".into(), value });
         }
         Ok(options)
     }
+
+    /// Sets an option; `None` for a value that it does not take, false for a name that there is no option of.
+    fn set(&mut self, name: &str, value: &Value) -> Option<bool> {
+        match name {
+            "timeout" => self.timeout = positive(value).filter(|t| *t <= Duration::from_secs(3_600))?,
+            "max_in_flight" => self.max_in_flight = whole(value, 1_024)?,
+            "ordering" => self.ordering = one_of(value, &[("key", Ordering::Key), ("none", Ordering::None)])?,
+            "rate_limit" => {
+                self.rate_limit = Some(value.as_f64().filter(|rate| (0.001..=1e6).contains(rate))?);
+            }
+            "on_dead" => {
+                self.on_dead = one_of(value, &[("continue", OnDead::Continue), ("block", OnDead::Block)])?;
+            }
+            "shards" => self.shards = whole(value, 64)?,
+            "headers" => self.headers = headers(value)?,
+            "on_restore" => {
+                self.on_restore =
+                    one_of(value, &[("pause", OnRestore::Pause), ("continue", OnRestore::Continue)])?;
+            }
+            "retry_base" | "retry_cap" | "retry_attempts" | "retry_schedule" => {}
+            _ => return Some(false),
+        }
+        Some(true)
+    }
+}
+
+fn bad(name: &str, value: &Value) -> OptionError {
+    OptionError::Value { option: name.to_owned(), value: value.to_string() }
 }
 
 fn positive(value: &Value) -> Option<Duration> {
     duration::from_json(value).ok().filter(|duration| !duration.is_zero())
+}
+
+fn whole(value: &Value, most: u32) -> Option<u32> {
+    value.as_u64().and_then(|n| u32::try_from(n).ok()).filter(|n| (1..=most).contains(n))
+}
+
+fn one_of<T: Copy>(value: &Value, known: &[(&str, T)]) -> Option<T> {
+    let text = value.as_str()?;
+    known.iter().find(|(name, _)| *name == text).map(|(_, meaning)| *meaning)
+}
+
+fn retry(object: &Map<String, Value>) -> Result<Retry, OptionError> {
+    if let Some(value) = object.get("retry_schedule") {
+        if let Some(other) =
+            ["retry_base", "retry_cap", "retry_attempts"].iter().find(|n| object.contains_key(**n))
+        {
+            let value = format!("{}: it does not go with {other}", value);
+            return Err(OptionError::Value { option: "retry_schedule".into(), value });
+        }
+        let delays = value.as_array().filter(|delays| (1..=99).contains(&delays.len()));
+        let delays = delays.and_then(|delays| delays.iter().map(|d| duration::from_json(d).ok()).collect());
+        return delays.map(Retry::Schedule).ok_or_else(|| bad("retry_schedule", value));
+    }
+    let Retry::Exponential { mut base, mut cap, mut attempts } = Options::default().retry else {
+        return Ok(Options::default().retry);
+    };
+    if let Some(value) = object.get("retry_base") {
+        base = positive(value).ok_or_else(|| bad("retry_base", value))?;
+    }
+    if let Some(value) = object.get("retry_cap") {
+        cap = positive(value).ok_or_else(|| bad("retry_cap", value))?;
+    }
+    if let Some(value) = object.get("retry_attempts") {
+        attempts = whole(value, 100).ok_or_else(|| bad("retry_attempts", value))?;
+    }
+    if cap < base {
+        let value = format!("{} s: it is below retry_base", cap.as_secs_f64());
+        return Err(OptionError::Value { option: "retry_cap".into(), value });
+    }
+    Ok(Retry::Exponential { base, cap, attempts })
+}
+
+fn headers(value: &Value) -> Option<BTreeMap<String, HeaderSource>> {
+    let object = value.as_object().filter(|object| object.len() <= HEADERS_MAX)?;
+    let mut found = BTreeMap::new();
+    for (name, value) in object {
+        let text = value.as_str().filter(|text| check_value(text).is_ok())?;
+        let source = match text.strip_prefix("secret:") {
+            Some(secret) => HeaderSource::Secret(is_secret_name(secret).then(|| secret.to_owned())?),
+            None => HeaderSource::Text(text.to_owned()),
+        };
+        let lower = name.to_ascii_lowercase();
+        // What is a credential by its name must not stand in a table.
+        let is_credential = ["authorization", "proxy-authorization", "cookie"].contains(&lower.as_str());
+        match is_credential {
+            true if matches!(source, HeaderSource::Text(_)) => return None,
+            true => {}
+            false => check_subscription_name(name).ok()?,
+        }
+        if found.insert(lower, source).is_some() {
+            return None;
+        }
+    }
+    Some(found)
+}
+
+/// Whether a text can name a secret: 1 to 64 letters, digits, `_`, `-` and `.`.
+pub fn is_secret_name(name: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
+    (1..=64).contains(&name.len()) && name.bytes().all(allowed)
 }
 
 #[cfg(test)]
@@ -140,14 +265,43 @@ mod tests {
     #[test]
     fn options_are_read() {
         let json = json!({"timeout": "500ms", "max_in_flight": 4, "ordering": "none", "retry_base": 0.1,
-                          "retry_cap": "10min", "on_restore": "continue"});
+                          "retry_cap": "10min", "retry_attempts": 3, "on_restore": "continue", "rate_limit": 0.5,
+                          "on_dead": "block", "shards": 8});
         let options = Options::from_json(&json).unwrap();
         assert_eq!(options.timeout, Duration::from_millis(500));
         assert_eq!(options.max_in_flight, 4);
         assert_eq!(options.ordering, Ordering::None);
-        assert_eq!(options.retry_base, Duration::from_millis(100));
-        assert_eq!(options.retry_cap, Duration::from_secs(600));
+        let (base, cap) = (Duration::from_millis(100), Duration::from_secs(600));
+        assert_eq!(options.retry, Retry::Exponential { base, cap, attempts: 3 });
         assert_eq!(options.on_restore, OnRestore::Continue);
+        assert_eq!((options.rate_limit, options.on_dead, options.shards), (Some(0.5), OnDead::Block, 8));
+        let listed = Options::from_json(&json!({"retry_schedule": [0, "5s", "1h"]})).unwrap().retry;
+        assert_eq!(listed, Retry::Schedule([0, 5, 3_600].map(Duration::from_secs).into()));
+    }
+
+    #[test]
+    fn headers_are_texts_or_name_secrets_and_credentials_are_never_texts() {
+        let read = |headers: Value| {
+            Options::from_json(&json!({ "headers": headers })).map(|options| options.headers)
+        };
+        let found = read(json!({"X-Tenant": "7", "Authorization": "secret:billing-token"})).unwrap();
+        assert_eq!(found["x-tenant"], HeaderSource::Text("7".into()));
+        assert_eq!(found["authorization"], HeaderSource::Secret("billing-token".into()));
+        for bad in [
+            json!([]),
+            json!({"x": 1}),
+            json!({"x": "secret:"}),
+            json!({"x": "secret:a b"}),
+            json!({"authorization": "Bearer abc"}),
+            json!({"Cookie": "a=b"}),
+            json!({"x": "a\nb"}),
+            json!({"a b": "c"}),
+            json!({"ce-id": "1"}),
+            json!({"content-type": "x"}),
+            json!({"x": "1", "X": "2"}),
+        ] {
+            assert!(read(bad.clone()).is_err(), "{bad}");
+        }
     }
 
     #[test]
@@ -161,8 +315,16 @@ mod tests {
             json!({"max_in_flight": 1.5}),
             json!({"max_in_flight": 1025}),
             json!({"ordering": "fifo"}),
+            json!({"rate_limit": 0}),
+            json!({"rate_limit": "many"}),
             json!({"retry_base": "soon"}),
             json!({"retry_cap": 0.5}),
+            json!({"retry_attempts": 0}),
+            json!({"retry_schedule": []}),
+            json!({"retry_schedule": ["soon"]}),
+            json!({"retry_schedule": [1], "retry_attempts": 2}),
+            json!({"on_dead": "stop"}),
+            json!({"shards": 65}),
             json!({"on_restore": null}),
         ] {
             assert!(matches!(Options::from_json(&bad), Err(OptionError::Value { .. })), "{bad}");

@@ -88,6 +88,13 @@ impl Position {
         self.floors.iter().map(|floor| floor.seq).fold(self.seq, i64::min)
     }
 
+    /// Positions of one era were read in the order of this: of two with the same numbers and the same newest transaction,
+    /// that which saw more transactions running is the earlier.
+    pub fn order(&self) -> [i64; 4] {
+        let xmax = i64::try_from(self.snapshot.xmax).unwrap_or(i64::MAX);
+        [self.seq, self.top, xmax, -(self.snapshot.xip.len() as i64)]
+    }
+
     /// Reads the text of a position. The error says which part is malformed.
     pub fn parse(text: &str) -> Result<Self, MalformedPosition> {
         text.parse()
@@ -184,6 +191,22 @@ mod tests {
         let end = Position::end_of_era(3);
         assert_eq!(Position::parse(&end.to_string()).unwrap(), end);
         assert!(end.is_end_of_era());
+    }
+
+    #[test]
+    fn positions_of_an_era_have_an_order() {
+        let ascending = [
+            "7|0|0|3:3:|",
+            "7|4|4|9:12:9,10|",
+            "7|4|4|10:12:10|",
+            "7|4|4|10:13:10|",
+            "7|4|5|10:13:10|",
+            "7|6|6|10:13:10|",
+        ];
+        let order = |text: &&str| Position::parse(text).unwrap().order();
+        assert!(ascending.iter().map(order).is_sorted_by(|a, b| a < b));
+        assert!(Position::end_of_era(7).order() > order(&ascending[5]));
+        assert_eq!(Position::start_of_era(7).order(), order(&ascending[0]));
     }
 
     #[test]

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Topics and the patterns that subscriptions match them with.
 
+mod matcher;
+
+pub use matcher::{Matcher, Matches};
+
 /// The longest topic and the longest pattern, in bytes: what Apache Kafka allows for a topic's name.
 pub const TOPIC_BYTES_MAX: usize = 249;
 
