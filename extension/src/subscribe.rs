@@ -41,22 +41,29 @@ fn check_name(given: Option<&str>) -> Result<(), Refusal> {
     Err(Refusal::argument("malformed name of a subscription", detail, hint))
 }
 
+const PATTERN_HINT: &str = "A pattern is dot-separated segments of letters, digits, \"_\" and \"-\", in which * stands for one \
+     segment and a final > for the rest: orders.created, orders.*, orders.>";
+
+fn parse_pattern(given: Option<&str>) -> Result<Pattern, Refusal> {
+    Pattern::parse(given.unwrap_or_default()).map_err(|error| {
+        let detail = format!("The pattern is {}: {error}.", shown(given));
+        Refusal::argument("malformed topic pattern", detail, PATTERN_HINT)
+    })
+}
+
+/// Whether a topic matches a pattern, which is refused where it is none.
+#[pg_extern]
+fn topic_matches(pattern: &str, topic: &str) -> Result<bool, ErrorReport> {
+    Ok(parse_pattern(Some(pattern))?.matches(topic))
+}
+
 fn check_topics(topics: Option<Vec<Option<String>>>) -> Result<(), Refusal> {
-    const HINT: &str = "A pattern is dot-separated segments of letters, digits, \"_\" and \"-\", in which * stands for one \
-         segment and a final > for the rest: orders.created, orders.*, orders.>";
     let topics = topics.unwrap_or_default();
     if topics.is_empty() || topics.len() > PATTERNS_MAX {
         let detail = format!("There are {}, 1 to {PATTERNS_MAX} are allowed.", topics.len());
-        return Err(Refusal::argument("wrong number of topics", detail, HINT));
+        return Err(Refusal::argument("wrong number of topics", detail, PATTERN_HINT));
     }
-    for topic in topics {
-        let pattern = topic.as_deref().unwrap_or_default();
-        Pattern::parse(pattern).map_err(|error| {
-            let detail = format!("The pattern is {}: {error}.", shown(topic.as_deref()));
-            Refusal::argument("malformed topic pattern", detail, HINT)
-        })?;
-    }
-    Ok(())
+    topics.iter().try_for_each(|topic| parse_pattern(topic.as_deref()).map(drop))
 }
 
 fn check_destination(destination: Option<&str>) -> Result<(), Refusal> {

@@ -12,7 +12,8 @@ CREATE TABLE dtm.subscription (
     reason      text,                         -- why it is not active, where nobody asked for it
     since       timestamptz,                  -- events published before are passed over
     epoch       bigint      NOT NULL DEFAULT 1, -- raised by rewind: cursors of an earlier epoch are void
-    created_at  timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+    created_at  timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    revision    bigint      NOT NULL DEFAULT 0 -- raised by what makes its relays begin anew from what is stored
 );
 
 -- Positions and cursors are appended, never updated: an updated row grows without end while anything holds the xmin
@@ -38,7 +39,8 @@ CREATE TABLE dtm.cursor_log_1 (
     "position"   bigint      NOT NULL,        -- everything before it is delivered
     target       bigint,                      -- where the window ends that is being delivered; null between windows
     acked        bigint      NOT NULL,        -- up to this sequence number the window is delivered
-    moved_at     timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+    moved_at     timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    ahead        bigint[]                     -- beyond acked, what is delivered or parked already; null: nothing
 );
 CREATE INDEX cursor_log_1_latest ON dtm.cursor_log_1 (subscription, shard, id);
 CREATE TABLE dtm.cursor_log_2 (LIKE dtm.cursor_log_1 INCLUDING ALL);
@@ -75,6 +77,10 @@ LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'position_low_wr
 CREATE FUNCTION dtm.start_of_era(era int) RETURNS text
 LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'start_of_era_wrapper';
 
+-- Positions of one era were read in the order of this.
+CREATE FUNCTION dtm.position_order(body text) RETURNS bigint[]
+LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'position_order_wrapper';
+
 -- Raises an error with a hint if any part of a subscription is malformed.
 CREATE FUNCTION dtm.check_subscription(name text, topics text[], destination text, options jsonb) RETURNS void
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_subscription_wrapper';
@@ -99,12 +105,14 @@ BEGIN
 END
 $$;
 
--- A subscription begins where start_at says: 'now', 'earliest', or a time. Sets its cursor and the time it skips to.
+-- A subscription begins where start_at says: 'now', 'earliest', or a time. Sets a cursor for each shard, and the time it skips
+-- to.
 CREATE FUNCTION dtm.start_subscription(subscription_id bigint, start_at text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     body text;
     start_time timestamptz;
+    position_id bigint;
     segment smallint := (SELECT control_segment FROM dtm.installation);
 BEGIN
     IF start_at = 'now' THEN
@@ -120,12 +128,15 @@ BEGIN
             (SELECT era FROM dtm.installation)));
     END IF;
     UPDATE dtm.subscription SET since = start_time WHERE id = subscription_id AND since IS DISTINCT FROM start_time;
+    position_id := (dtm.store_positions(ARRAY[body]))[1];
     INSERT INTO dtm.cursor_log_1 (id, subscription, shard, epoch, token, "position", acked)
-    SELECT nextval('dtm.cursor_id_seq'), s.id, 0, s.epoch, 0, (dtm.store_positions(ARRAY[body]))[1], 0
-    FROM dtm.subscription s WHERE s.id = subscription_id AND segment = 1;
+    SELECT nextval('dtm.cursor_id_seq'), s.id, shard, s.epoch, 0, position_id, 0
+    FROM dtm.subscription s, generate_series(0, coalesce((s.options ->> 'shards')::int, 1) - 1) AS shard
+    WHERE s.id = subscription_id AND segment = 1;
     INSERT INTO dtm.cursor_log_2 (id, subscription, shard, epoch, token, "position", acked)
-    SELECT nextval('dtm.cursor_id_seq'), s.id, 0, s.epoch, 0, (dtm.store_positions(ARRAY[body]))[1], 0
-    FROM dtm.subscription s WHERE s.id = subscription_id AND segment = 2;
+    SELECT nextval('dtm.cursor_id_seq'), s.id, shard, s.epoch, 0, position_id, 0
+    FROM dtm.subscription s, generate_series(0, coalesce((s.options ->> 'shards')::int, 1) - 1) AS shard
+    WHERE s.id = subscription_id AND segment = 2;
 END
 $$;
 
@@ -163,6 +174,7 @@ BEGIN
             PERFORM dtm.start_subscription(subscription_id, start_at);
             RETURN subscription_id;
         END IF;
+        PERFORM dtm.reshard(name, options);
         UPDATE dtm.subscription AS s
         SET topics = subscribe.topics, destination = subscribe.destination, options = subscribe.options
         WHERE s.name = subscribe.name
@@ -194,11 +206,15 @@ $$;
 
 CREATE FUNCTION dtm.unsubscribe(name text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    subscription_id bigint := dtm.lock_settlements(name);
 BEGIN
-    DELETE FROM dtm.subscription AS s WHERE s.name = unsubscribe.name;
+    DELETE FROM dtm.subscription AS s WHERE s.id = subscription_id;
     IF NOT FOUND THEN
         PERFORM dtm.raise_no_subscription(name);
     END IF;
+    DELETE FROM dtm.retry r WHERE r.subscription = subscription_id;
+    DELETE FROM dtm.dead_letter d WHERE d.subscription = subscription_id;
 END
 $$;
 
@@ -228,15 +244,17 @@ DECLARE
     subscription_id bigint;
 BEGIN
     PERFORM dtm.check_start_at(start_at);
-    UPDATE dtm.subscription AS s SET epoch = s.epoch + 1 WHERE s.name = rewind.name RETURNING s.id INTO subscription_id;
+    subscription_id := dtm.lock_settlements(name);
+    UPDATE dtm.subscription AS s SET epoch = s.epoch + 1 WHERE s.id = subscription_id;
     IF NOT FOUND THEN
         PERFORM dtm.raise_no_subscription(name);
     END IF;
     PERFORM dtm.start_subscription(subscription_id, start_at);
+    PERFORM dtm.forget_failures(subscription_id, start_at);
 END
 $$;
 
 COMMENT ON FUNCTION dtm.subscribe(text, text, text, jsonb, text) IS
     'Delivers events whose topic matches to a destination. Again with the same name: changes it and keeps its cursor.';
 COMMENT ON FUNCTION dtm.rewind(text, text) IS
-    'Sets a subscription''s cursor: ''now'', ''earliest'', or a time.';
+    'Sets a subscription''s cursor: ''now'', ''earliest'', or a time. Drops what failed and is delivered again from there.';

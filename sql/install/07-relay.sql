@@ -115,6 +115,20 @@ BEGIN ATOMIC
     WHERE c.target IS NULL OR t.id IS NOT NULL;
 END;
 
+-- The same with what is delivered beyond acked.
+CREATE FUNCTION dtm.relay_resume(subscription bigint, shard int, epoch bigint)
+RETURNS TABLE ("position" text, target text, acked bigint, ahead bigint[])
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT p.body, t.body, c.acked, c.ahead
+    FROM (SELECT * FROM dtm.cursor_log l
+          WHERE l.subscription = relay_resume.subscription AND l.shard = relay_resume.shard AND l.epoch = relay_resume.epoch
+          ORDER BY l.id DESC LIMIT 1) c
+    JOIN dtm.position_log p ON p.id = c."position"
+    LEFT JOIN dtm.position_log t ON t.id = c.target
+    WHERE c.target IS NULL OR t.id IS NOT NULL;
+END;
+
 -- The head of the log if there is anything past a known position, else null. When it returns, everything that the position
 -- rests on is flushed: a crash cannot take it back.
 CREATE FUNCTION dtm.relay_poll(known text) RETURNS text
@@ -138,6 +152,10 @@ LANGUAGE c AS 'MODULE_PATHNAME', 'relay_wait_wrapper';
 CREATE FUNCTION dtm.relay_page(from_position text, to_position text, after bigint, topics text[], since timestamptz,
                                max_rows int, max_bytes int) RETURNS bytea
 LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'relay_page_wrapper';
+-- The same of one shard: events of others are passed over.
+CREATE FUNCTION dtm.relay_page(from_position text, to_position text, after bigint, topics text[], since timestamptz,
+                               max_rows int, max_bytes int, shard int, shards int) RETURNS bytea
+LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'relay_page_of_shard_wrapper';
 
 -- Moves cursors, all in one statement. A position is a stored one's id, or -k for the k-th of the new ones. Refuses those
 -- whose epoch or token is not the newest, and says which.

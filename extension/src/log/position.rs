@@ -214,3 +214,9 @@ fn position_seq(body: &str) -> Result<i64, ErrorReport> {
 fn position_low(body: &str) -> Result<i64, ErrorReport> {
     Ok(parse(body)?.low())
 }
+
+/// What positions of one era are sorted by.
+#[pg_extern]
+fn position_order(body: &str) -> Result<Vec<i64>, ErrorReport> {
+    Ok(parse(body)?.order().into())
+}

@@ -3,7 +3,8 @@
 
 use dtm_core::page::{EventRef, PageWriter};
 use dtm_core::position::Position;
-use dtm_core::topic::Pattern;
+use dtm_core::shard::shard_of;
+use dtm_core::topic::Matcher;
 use dtm_core::window::Window;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -22,8 +23,10 @@ const UNIX_TO_POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
 struct Wanted<'a> {
     era: i32,
     window: Window<'a>,
-    patterns: Vec<Pattern>,
+    topics: Matcher<()>,
     since: Option<i64>,
+    shard: i32,
+    shards: i32,
 }
 
 #[pg_extern]
@@ -36,6 +39,22 @@ fn relay_page(
     max_rows: i32,
     max_bytes: i32,
 ) -> Result<Vec<u8>, ErrorReport> {
+    relay_page_of_shard(from, to, after, topics, since, max_rows, max_bytes, 0, 1)
+}
+
+#[pg_extern]
+#[allow(clippy::too_many_arguments)] // they are SQL's
+fn relay_page_of_shard(
+    from: &str,
+    to: &str,
+    after: i64,
+    topics: Vec<String>,
+    since: Option<TimestampWithTimeZone>,
+    max_rows: i32,
+    max_bytes: i32,
+    shard: i32,
+    shards: i32,
+) -> Result<Vec<u8>, ErrorReport> {
     let malformed = |detail: String| -> ErrorReport {
         Refusal::argument("malformed request for a page", detail, "Use a relay of a matching version.").into()
     };
@@ -43,13 +62,18 @@ fn relay_page(
     let to = Position::parse(to).map_err(|error| malformed(format!("{error}.")))?;
     let window =
         Window::new(&from, &to).ok_or_else(|| malformed("The positions are of different eras.".into()))?;
-    let patterns = topics.iter().map(|topic| Pattern::parse(topic)).collect::<Result<_, _>>();
-    let patterns = patterns.map_err(|error| malformed(format!("A topic pattern: {error}.")))?;
+    let mut matcher = Matcher::default();
+    for topic in &topics {
+        matcher.insert(topic, ()).map_err(|error| malformed(format!("A topic pattern: {error}.")))?;
+    }
+    if !(0..shards).contains(&shard) {
+        return Err(malformed(format!("There is no shard {shard} of {shards}.")));
+    }
     if max_rows < 1 || max_bytes < 1 {
         return Err(malformed("max_rows and max_bytes must be positive.".into()));
     }
     let since = since.map(pg_sys::TimestampTz::from);
-    let wanted = Wanted { era: from.era, window, patterns, since };
+    let wanted = Wanted { era: from.era, window, topics: matcher, since, shard, shards };
     Ok(read(&wanted, after, max_rows as usize, max_bytes as usize))
 }
 
@@ -98,17 +122,21 @@ impl Wanted<'_> {
             }
             let Some(topic) = row.get(column::TOPIC).map(|topic| varlena::bytes(topic)) else { return };
             let topic_text = str::from_utf8(topic).unwrap_or_default();
-            if !self.patterns.iter().any(|pattern| pattern.matches(topic_text)) {
+            if !self.topics.is_match(topic_text) {
                 return;
             }
             let text = |column| row.get(column).map(|datum| varlena::to_utf8(varlena::bytes(datum)));
+            let key = text(column::KEY);
+            if shard_of(key, seq, self.shards) != self.shard {
+                return;
+            }
             let Some(id) = row.get(column::ID) else { return };
             page.push(EventRef {
                 seq,
                 published_at_us: published_at + UNIX_TO_POSTGRES_EPOCH_US,
                 id: &*id.cast_mut_ptr::<[u8; 16]>(),
                 topic,
-                key: text(column::KEY),
+                key,
                 content_type: text(column::CONTENT_TYPE),
                 headers: text(column::HEADERS),
                 payload: row.get(column::PAYLOAD).map(|payload| varlena::bytes(payload)),

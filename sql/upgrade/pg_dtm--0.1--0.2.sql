@@ -1,0 +1,872 @@
+-- SPDX-License-Identifier: PostgreSQL
+\echo Use "ALTER EXTENSION pg_dtm UPDATE TO '0.2'" to load this file. \quit
+
+-- From 0.1: what was delivered, and what was not, stays as it is. What this makes and what sql/install makes is the same; a test
+-- compares the two.
+
+ALTER TABLE dtm.subscription ADD COLUMN revision bigint NOT NULL DEFAULT 0;
+ALTER TABLE dtm.cursor_log_1 ADD COLUMN ahead bigint[];
+ALTER TABLE dtm.cursor_log_2 ADD COLUMN ahead bigint[];
+ALTER TABLE dtm.heartbeat_log_1 ADD COLUMN shares boolean NOT NULL DEFAULT false;
+-- Named as CREATE TABLE … LIKE names it, from PostgreSQL 18 on.
+ALTER TABLE dtm.heartbeat_log_2 ADD COLUMN shares boolean CONSTRAINT heartbeat_log_1_shares_not_null NOT NULL DEFAULT false;
+CREATE INDEX heartbeat_log_1_expires ON dtm.heartbeat_log_1 (expires_at);
+CREATE INDEX heartbeat_log_2_expires_at_idx ON dtm.heartbeat_log_2 (expires_at);
+
+CREATE OR REPLACE VIEW dtm.cursor_log AS SELECT * FROM dtm.cursor_log_1 UNION ALL SELECT * FROM dtm.cursor_log_2;
+CREATE OR REPLACE VIEW dtm.heartbeat_log AS SELECT * FROM dtm.heartbeat_log_1 UNION ALL SELECT * FROM dtm.heartbeat_log_2;
+
+-- Subscriptions, positions and cursors.
+
+-- Positions of one era were read in the order of this.
+CREATE FUNCTION dtm.position_order(body text) RETURNS bigint[]
+LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'position_order_wrapper';
+
+-- A subscription begins where start_at says: 'now', 'earliest', or a time. Sets a cursor for each shard, and the time it skips
+-- to.
+CREATE OR REPLACE FUNCTION dtm.start_subscription(subscription_id bigint, start_at text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    body text;
+    start_time timestamptz;
+    position_id bigint;
+    segment smallint := (SELECT control_segment FROM dtm.installation);
+BEGIN
+    IF start_at = 'now' THEN
+        body := dtm.current_position(dtm.latest_position());
+    ELSE
+        IF start_at <> 'earliest' THEN
+            start_time := start_at::timestamptz;
+        END IF;
+        -- Restored data that no relay has met yet has its eras, too.
+        body := dtm.start_of_era(coalesce(
+            (SELECT era FROM dtm.eras ORDER BY ordinal LIMIT 1),
+            (SELECT era FROM dtm.unregistered_eras() AS era LIMIT 1),
+            (SELECT era FROM dtm.installation)));
+    END IF;
+    UPDATE dtm.subscription SET since = start_time WHERE id = subscription_id AND since IS DISTINCT FROM start_time;
+    position_id := (dtm.store_positions(ARRAY[body]))[1];
+    INSERT INTO dtm.cursor_log_1 (id, subscription, shard, epoch, token, "position", acked)
+    SELECT nextval('dtm.cursor_id_seq'), s.id, shard, s.epoch, 0, position_id, 0
+    FROM dtm.subscription s, generate_series(0, coalesce((s.options ->> 'shards')::int, 1) - 1) AS shard
+    WHERE s.id = subscription_id AND segment = 1;
+    INSERT INTO dtm.cursor_log_2 (id, subscription, shard, epoch, token, "position", acked)
+    SELECT nextval('dtm.cursor_id_seq'), s.id, shard, s.epoch, 0, position_id, 0
+    FROM dtm.subscription s, generate_series(0, coalesce((s.options ->> 'shards')::int, 1) - 1) AS shard
+    WHERE s.id = subscription_id AND segment = 2;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION dtm.subscribe(
+    name text, topics text[], destination text, options jsonb DEFAULT '{}', start_at text DEFAULT 'now'
+) RETURNS bigint
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    subscription_id bigint;
+BEGIN
+    PERFORM dtm.check_subscription(name, topics, destination, options);
+    PERFORM dtm.check_start_at(start_at);
+    -- Until it is there or made: another session may unsubscribe between the two.
+    LOOP
+        INSERT INTO dtm.subscription AS s (name, topics, destination, options)
+        VALUES (subscribe.name, subscribe.topics, subscribe.destination, subscribe.options)
+        ON CONFLICT ON CONSTRAINT subscription_name_key DO NOTHING
+        RETURNING s.id INTO subscription_id;
+        IF FOUND THEN
+            PERFORM dtm.start_subscription(subscription_id, start_at);
+            RETURN subscription_id;
+        END IF;
+        PERFORM dtm.reshard(name, options);
+        UPDATE dtm.subscription AS s
+        SET topics = subscribe.topics, destination = subscribe.destination, options = subscribe.options
+        WHERE s.name = subscribe.name
+        RETURNING s.id INTO subscription_id;
+        IF FOUND THEN
+            RETURN subscription_id;
+        END IF;
+    END LOOP;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION dtm.unsubscribe(name text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    subscription_id bigint := dtm.lock_settlements(name);
+BEGIN
+    DELETE FROM dtm.subscription AS s WHERE s.id = subscription_id;
+    IF NOT FOUND THEN
+        PERFORM dtm.raise_no_subscription(name);
+    END IF;
+    DELETE FROM dtm.retry r WHERE r.subscription = subscription_id;
+    DELETE FROM dtm.dead_letter d WHERE d.subscription = subscription_id;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION dtm.rewind(name text, start_at text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    subscription_id bigint;
+BEGIN
+    PERFORM dtm.check_start_at(start_at);
+    subscription_id := dtm.lock_settlements(name);
+    UPDATE dtm.subscription AS s SET epoch = s.epoch + 1 WHERE s.id = subscription_id;
+    IF NOT FOUND THEN
+        PERFORM dtm.raise_no_subscription(name);
+    END IF;
+    PERFORM dtm.start_subscription(subscription_id, start_at);
+    PERFORM dtm.forget_failures(subscription_id, start_at);
+END
+$$;
+
+COMMENT ON FUNCTION dtm.rewind(text, text) IS
+    'Sets a subscription''s cursor: ''now'', ''earliest'', or a time. Drops what failed and is delivered again from there.';
+
+-- Leases.
+
+-- The newest lease of each subscription, or of each of its shards, and whether its relay lives. (Shards are counted so that the
+-- planner expects one: most have no more, and of generate_series it expects a thousand.)
+CREATE OR REPLACE VIEW dtm.owners AS
+SELECT s.id AS subscription, unit.shard, lease.token, lease.relay, heartbeat.name,
+       coalesce(heartbeat.expires_at > pg_catalog.clock_timestamp(), false) AS alive,
+       coalesce((s.options ->> 'shards')::int, 1) AS shards, coalesce(heartbeat.shares, false) AS shares
+FROM dtm.subscription s
+CROSS JOIN LATERAL (
+    SELECT (n.th - 1)::int AS shard
+    FROM unnest(array_fill(true, ARRAY[coalesce((s.options ->> 'shards')::int, 1)])) WITH ORDINALITY AS n (is_there, th)
+    LIMIT coalesce((s.options ->> 'shards')::int, 1)) unit
+LEFT JOIN LATERAL (
+    SELECT l.token, l.relay FROM dtm.lease_log l
+    WHERE l.subscription = s.id AND l.shard = unit.shard ORDER BY l.token DESC LIMIT 1) lease ON true
+LEFT JOIN LATERAL (
+    SELECT h.name, h.expires_at, h.shares FROM dtm.heartbeat_log h
+    WHERE h.relay = lease.relay ORDER BY h.id DESC LIMIT 1) heartbeat ON true;
+
+CREATE FUNCTION dtm.heartbeat(relay uuid, relay_name text, expires_at timestamptz, shares boolean) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF (SELECT control_segment FROM dtm.installation) = 1 THEN
+        INSERT INTO dtm.heartbeat_log_1 VALUES (nextval('dtm.heartbeat_id_seq'), relay, relay_name, expires_at, shares);
+    ELSE
+        INSERT INTO dtm.heartbeat_log_2 VALUES (nextval('dtm.heartbeat_id_seq'), relay, relay_name, expires_at, shares);
+    END IF;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION dtm.heartbeat(relay uuid, relay_name text, expires_at timestamptz) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM dtm.heartbeat(relay, relay_name, expires_at, false);
+END
+$$;
+
+-- For relays of version 0.1: renews all leases of a relay, takes those that are free, and answers what it now has to deliver.
+-- They know of no shards: a subscription that has some is not for them.
+CREATE OR REPLACE FUNCTION dtm.relay_lease(relay uuid, relay_name text, lease_seconds float8)
+RETURNS TABLE (subscription bigint, shard int, name text, topics text[], destination text, options jsonb,
+               since timestamptz, epoch bigint, token bigint)
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+#variable_conflict use_column
+DECLARE
+    segment smallint := (SELECT control_segment FROM dtm.installation);
+BEGIN
+    PERFORM dtm.heartbeat(relay_lease.relay, relay_name, clock_timestamp() + make_interval(secs => lease_seconds));
+    IF EXISTS (SELECT FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
+               WHERE NOT o.alive AND o.shards = 1 AND s.state = 'active') THEN
+        -- Waits for cursors on their way: what an owner wrote is read by the next, what it writes later is refused.
+        LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
+        INSERT INTO dtm.lease_log_1 (token, subscription, shard, relay)
+        SELECT nextval('dtm.lease_token_seq'), o.subscription, 0, relay_lease.relay
+        FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
+        WHERE NOT o.alive AND o.shards = 1 AND s.state = 'active' AND segment = 1;
+        INSERT INTO dtm.lease_log_2 (token, subscription, shard, relay)
+        SELECT nextval('dtm.lease_token_seq'), o.subscription, 0, relay_lease.relay
+        FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
+        WHERE NOT o.alive AND o.shards = 1 AND s.state = 'active' AND segment = 2;
+    END IF;
+    RETURN QUERY
+    SELECT s.id, o.shard, s.name, s.topics, s.destination, s.options, s.since, s.epoch, o.token
+    FROM dtm.subscription s JOIN dtm.owners o ON o.subscription = s.id
+    WHERE o.relay = relay_lease.relay AND o.shards = 1 AND s.state = 'active';
+END
+$$;
+
+-- What a relay calls.
+
+-- Where a subscription goes on. No row: it has no cursor, and must not be delivered.
+CREATE OR REPLACE FUNCTION dtm.relay_cursor(subscription bigint, shard int, epoch bigint)
+RETURNS TABLE ("position" text, target text, acked bigint)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT p.body, t.body, c.acked
+    FROM (SELECT * FROM dtm.cursor_log l
+          WHERE l.subscription = relay_cursor.subscription AND l.shard = relay_cursor.shard AND l.epoch = relay_cursor.epoch
+          ORDER BY l.id DESC LIMIT 1) c
+    JOIN dtm.position_log p ON p.id = c."position"
+    LEFT JOIN dtm.position_log t ON t.id = c.target
+    WHERE c.target IS NULL OR t.id IS NOT NULL;
+END;
+
+-- The same with what is delivered beyond acked.
+CREATE FUNCTION dtm.relay_resume(subscription bigint, shard int, epoch bigint)
+RETURNS TABLE ("position" text, target text, acked bigint, ahead bigint[])
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT p.body, t.body, c.acked, c.ahead
+    FROM (SELECT * FROM dtm.cursor_log l
+          WHERE l.subscription = relay_resume.subscription AND l.shard = relay_resume.shard AND l.epoch = relay_resume.epoch
+          ORDER BY l.id DESC LIMIT 1) c
+    JOIN dtm.position_log p ON p.id = c."position"
+    LEFT JOIN dtm.position_log t ON t.id = c.target
+    WHERE c.target IS NULL OR t.id IS NOT NULL;
+END;
+
+-- The same of one shard: events of others are passed over.
+CREATE FUNCTION dtm.relay_page(from_position text, to_position text, after bigint, topics text[], since timestamptz,
+                               max_rows int, max_bytes int, shard int, shards int) RETURNS bytea
+LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'relay_page_of_shard_wrapper';
+
+-- Events that could not be delivered: those that are tried again, and those that are given up. Each is a full copy, which
+-- holds no segment of the log. Nothing is written here for an event that is delivered at once.
+
+CREATE SEQUENCE dtm.retry_seq AS bigint;
+CREATE TABLE dtm.retry (
+    subscription bigint      NOT NULL,
+    seq          bigint      NOT NULL,        -- of the log: an event is here once for each subscription
+    n            bigint      NOT NULL DEFAULT pg_catalog.nextval('dtm.retry_seq'), -- the order of delivery within a key
+    era          int         NOT NULL,
+    published_at timestamptz NOT NULL,
+    id           uuid        NOT NULL,
+    topic        text        NOT NULL,
+    key          text,
+    content_type text,
+    headers      text,
+    payload      bytea,
+    attempts     int         NOT NULL,
+    next_at      timestamptz,                 -- null: waits behind an earlier event of its key
+    history      jsonb       NOT NULL DEFAULT '[]', -- an object for each attempt: at, status, error, body
+    parked_at    timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    PRIMARY KEY (subscription, seq)
+);
+
+CREATE TABLE dtm.dead_letter (
+    subscription bigint      NOT NULL,
+    seq          bigint      NOT NULL,
+    n            bigint      NOT NULL DEFAULT pg_catalog.nextval('dtm.retry_seq'), -- kept: redriven, it takes its old place
+    era          int         NOT NULL,
+    published_at timestamptz NOT NULL,
+    id           uuid        NOT NULL,
+    topic        text        NOT NULL,
+    key          text,
+    content_type text,
+    headers      text,
+    payload      bytea,
+    attempts     int         NOT NULL,
+    history      jsonb       NOT NULL DEFAULT '[]',
+    parked_at    timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    died_at      timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    PRIMARY KEY (subscription, seq)
+);
+CREATE INDEX dead_letter_oldest ON dtm.dead_letter (subscription, n);
+
+SELECT pg_catalog.pg_extension_config_dump('dtm.retry_seq', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.retry', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.dead_letter', '');
+
+-- Which shard an event belongs to: by its key, or by its number where it has none (core/src/shard.rs). Pages are read by the
+-- same code.
+CREATE FUNCTION dtm.shard_of(key text, seq bigint, shards int) RETURNS int
+LANGUAGE c IMMUTABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'shard_of_wrapper';
+
+-- What a relay reports about failures and what a user does about them must not meet half way. Users lock a subscription to its
+-- relays' reports until their transaction ends; relays do not wait, but report again later. The lock is an advisory one of
+-- two numbers: "dtms" in ASCII, and the subscription. Users take it after its row, so that they do not wait for each other in a
+-- circle. Null: there is no such subscription.
+CREATE FUNCTION dtm.lock_settlements(subscription_name text) RETURNS bigint
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    subscription_id bigint;
+BEGIN
+    SELECT s.id INTO subscription_id FROM dtm.subscription s WHERE s.name = subscription_name FOR UPDATE;
+    PERFORM pg_advisory_xact_lock(1685351795, (subscription_id % 2147483647)::int);
+    RETURN subscription_id;
+END
+$$;
+CREATE FUNCTION dtm.try_settlements(subscription bigint) RETURNS boolean
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+RETURN pg_try_advisory_xact_lock_shared(1685351795, (subscription % 2147483647)::int);
+
+-- Any number of relays share what is to be delivered: units, which are subscriptions or shards of them, as evenly as it goes.
+
+-- The relays whose newest heartbeat holds. Who wrote any that still holds is found by its index (the time is a subquery for
+-- that), however many there are that no longer do.
+CREATE VIEW dtm.live_relays AS
+SELECT newest.relay, newest.name, newest.shares
+FROM (SELECT DISTINCT h.relay FROM dtm.heartbeat_log h WHERE h.expires_at > (SELECT pg_catalog.clock_timestamp())) lately
+CROSS JOIN LATERAL (
+    SELECT h.relay, h.name, h.shares, h.expires_at FROM dtm.heartbeat_log h
+    WHERE h.relay = lately.relay ORDER BY h.id DESC LIMIT 1) newest
+WHERE newest.expires_at > pg_catalog.clock_timestamp();
+
+-- What each relay that lives owns and should own, and how many units nobody owns. All relays find the same: of u units r relays
+-- get u / r each, and the first u % r of them, those that own the most, one more: nothing moves that need not. Units of a
+-- relay of version 0.1 are its own until it ends.
+CREATE VIEW dtm.shares AS
+WITH unit AS (
+    SELECT o.relay, o.alive
+    FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
+    WHERE s.state = 'active' AND (o.shares OR NOT o.alive)
+), total AS (
+    SELECT count(*) AS units, count(*) FILTER (WHERE NOT u.alive) AS free FROM unit u
+), owner AS (
+    SELECT u.relay, count(*) AS owned FROM unit u WHERE u.alive GROUP BY u.relay
+), holder AS (
+    SELECT l.relay, coalesce(o.owned, 0) AS owned
+    FROM dtm.live_relays l LEFT JOIN owner o ON o.relay = l.relay WHERE l.shares
+)
+SELECT h.relay, h.owned, t.free,
+       t.units / count(*) OVER ()
+       + CASE WHEN row_number() OVER (ORDER BY h.owned DESC, h.relay) <= t.units % count(*) OVER () THEN 1 ELSE 0 END AS target
+FROM holder h CROSS JOIN total t;
+
+-- Renews all leases of a relay, takes what is free up to its share, and answers what it now has to deliver. What it owns
+-- beyond its share comes with release: it should end that in peace and give it back. jit: it is called every second, and is
+-- done before a compiler would be.
+CREATE FUNCTION dtm.relay_assign(relay uuid, relay_name text, lease_seconds float8)
+RETURNS TABLE (subscription bigint, shard int, shards int, name text, topics text[], destination text, options jsonb,
+               since timestamptz, epoch bigint, revision bigint, token bigint, release boolean)
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+#variable_conflict use_column
+DECLARE
+    segment smallint := (SELECT control_segment FROM dtm.installation);
+    lacking bigint;  -- how many units it may take; below 0: how many it should give
+BEGIN
+    PERFORM dtm.heartbeat(relay_assign.relay, relay_name, clock_timestamp() + make_interval(secs => lease_seconds), true);
+    SELECT least(s.target - s.owned, s.free) INTO lacking FROM dtm.shares s WHERE s.relay = relay_assign.relay;
+    IF lacking > 0 THEN
+        -- Waits for cursors on their way: what an owner wrote is read by the next, what it writes later is refused. And for
+        -- other relays that take: then it counts anew.
+        LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
+        SELECT least(s.target - s.owned, s.free) INTO lacking FROM dtm.shares s WHERE s.relay = relay_assign.relay;
+        WITH taken AS MATERIALIZED (
+            SELECT o.subscription, o.shard
+            FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
+            WHERE NOT o.alive AND s.state = 'active'
+            ORDER BY o.subscription, o.shard LIMIT greatest(lacking, 0)
+        ), first AS (
+            INSERT INTO dtm.lease_log_1 (token, subscription, shard, relay)
+            SELECT nextval('dtm.lease_token_seq'), t.subscription, t.shard, relay_assign.relay FROM taken t WHERE segment = 1
+        )
+        INSERT INTO dtm.lease_log_2 (token, subscription, shard, relay)
+        SELECT nextval('dtm.lease_token_seq'), t.subscription, t.shard, relay_assign.relay FROM taken t WHERE segment = 2;
+    END IF;
+    RETURN QUERY
+    SELECT s.id, o.shard, o.shards, s.name, s.topics, s.destination, s.options, s.since, s.epoch, s.revision, o.token,
+           coalesce(row_number() OVER (ORDER BY o.token DESC) <= -lacking, false)
+    FROM dtm.subscription s JOIN dtm.owners o ON o.subscription = s.id
+    WHERE o.relay = relay_assign.relay AND s.state = 'active'
+    ORDER BY s.id, o.shard;
+END
+$$;
+
+-- Gives units back, those whose newest lease is still the given one: another relay may take them at once.
+CREATE FUNCTION dtm.relay_give(relay uuid, subscriptions bigint[], shards int[], tokens bigint[]) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    segment smallint := (SELECT control_segment FROM dtm.installation);
+    nobody CONSTANT uuid := '00000000-0000-0000-0000-000000000000';
+BEGIN
+    IF cardinality(tokens) = 0 THEN
+        RETURN;
+    END IF;
+    LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
+    WITH given AS MATERIALIZED (
+        SELECT g.subscription, g.shard
+        FROM unnest(subscriptions, shards, tokens) AS g (subscription, shard, token)
+        CROSS JOIN LATERAL (
+            SELECT l.token, l.relay FROM dtm.lease_log l
+            WHERE l.subscription = g.subscription AND l.shard = g.shard ORDER BY l.token DESC LIMIT 1) newest
+        WHERE newest.token = g.token AND newest.relay = relay_give.relay
+    ), first AS (
+        INSERT INTO dtm.lease_log_1 (token, subscription, shard, relay)
+        SELECT nextval('dtm.lease_token_seq'), g.subscription, g.shard, nobody FROM given g WHERE segment = 1
+    )
+    INSERT INTO dtm.lease_log_2 (token, subscription, shard, relay)
+    SELECT nextval('dtm.lease_token_seq'), g.subscription, g.shard, nobody FROM given g WHERE segment = 2;
+END
+$$;
+
+-- Gives a subscription another number of shards, if it has another by now. Keys change their shards, so each of the new ones
+-- begins where the slowest of the old ones stood: what others had delivered past it is delivered again. Where all stood in one
+-- window, as a single one does, the window goes on.
+CREATE FUNCTION dtm.reshard(subscription_name text, new_options jsonb) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    subscription_id bigint;
+    old dtm.subscription;
+    old_shards int;
+    new_shards int := coalesce((new_options ->> 'shards')::int, 1);
+    segment smallint := (SELECT control_segment FROM dtm.installation);
+    start record;
+BEGIN
+    SELECT * INTO old FROM dtm.subscription s WHERE s.name = subscription_name FOR UPDATE;
+    old_shards := coalesce((old.options ->> 'shards')::int, 1);
+    IF old.id IS NULL OR old_shards = new_shards THEN
+        RETURN;
+    END IF;
+    subscription_id := dtm.lock_settlements(subscription_name);
+    SELECT count(*) AS cursors, (array_agg(c."position" ORDER BY e.ordinal, dtm.position_order(p.body)))[1] AS "position",
+           count(DISTINCT (c."position", c.target)) = 1 AS together,
+           min(c.target) AS target, min(c.acked) AS acked, min(c.ahead) AS ahead
+    INTO start
+    FROM generate_series(0, old_shards - 1) AS unit (shard)
+    CROSS JOIN LATERAL (
+        SELECT l."position", l.target, l.acked, l.ahead FROM dtm.cursor_log l
+        WHERE l.subscription = subscription_id AND l.shard = unit.shard AND l.epoch = old.epoch
+        ORDER BY l.id DESC LIMIT 1) c
+    JOIN dtm.position_log p ON p.id = c."position"
+    LEFT JOIN dtm.eras e ON e.era = p.era;
+    IF start.cursors <> old_shards THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'data_corrupted',
+            MESSAGE = 'a shard of the subscription has no cursor',
+            DETAIL = format('%s of %s have one: where the others stood is not known.', start.cursors, old_shards),
+            HINT = 'Set its cursor with dtm.rewind, then subscribe again.';
+    END IF;
+    UPDATE dtm.subscription s SET epoch = s.epoch + 1, revision = s.revision + 1 WHERE s.id = subscription_id;
+    WITH cursor AS (
+        SELECT nextval('dtm.cursor_id_seq') AS id, shard, start."position",
+               CASE WHEN start.together THEN start.target END AS target,
+               CASE WHEN start.together THEN start.acked ELSE 0 END AS acked,
+               CASE WHEN old_shards = 1 THEN start.ahead END AS ahead
+        FROM generate_series(0, new_shards - 1) AS shard
+    ), first AS (
+        INSERT INTO dtm.cursor_log_1 (id, subscription, shard, epoch, token, "position", target, acked, ahead)
+        SELECT c.id, subscription_id, c.shard, old.epoch + 1, 0, c."position", c.target, c.acked, c.ahead
+        FROM cursor c WHERE segment = 1
+    )
+    INSERT INTO dtm.cursor_log_2 (id, subscription, shard, epoch, token, "position", target, acked, ahead)
+    SELECT c.id, subscription_id, c.shard, old.epoch + 1, 0, c."position", c.target, c.acked, c.ahead
+    FROM cursor c WHERE segment = 2;
+END
+$$;
+
+-- What became of events: a relay's reports, and what it has to know of earlier ones when it begins.
+
+-- Moves cursors and settles events, all in one statement: an event is parked in the transaction that moves the cursor past it.
+-- A position is a stored one's id, or -k for the k-th of the new ones. "of" says, counted from 1, which cursor a settlement
+-- goes with: both are applied or neither. Fenced are those whose epoch or token is not the newest, busy those whose
+-- subscription a user works on just now.
+CREATE FUNCTION dtm.relay_store(
+    new_positions text[], subscriptions bigint[], shards int[], epochs bigint[], tokens bigint[],
+    positions bigint[], targets bigint[], acked bigint[], ahead text[],
+    "of" int[], seqs bigint[], what text[], attempts int[], next_in float8[], histories jsonb[],
+    OUT position_ids bigint[], OUT fenced int[], OUT busy int[])
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    segment smallint := (SELECT control_segment FROM dtm.installation);
+    moved int[];
+BEGIN
+    -- Against a lease that is being taken over at this moment.
+    LOCK TABLE dtm.lease_log_1 IN ROW SHARE MODE;
+    position_ids := dtm.store_positions(new_positions);
+    busy := '{}';
+    IF cardinality("of") > 0 THEN
+        -- Before epochs are looked at: a user who is done by now has raised them.
+        busy := ARRAY(SELECT o.at FROM (SELECT DISTINCT unnest("of") AS at) o
+                      WHERE NOT dtm.try_settlements(subscriptions[o.at]) ORDER BY o.at);
+    END IF;
+    WITH asked AS (
+        SELECT m.at::int AS at, m.subscription, m.shard, m.epoch, m.token, m.acked, m.ahead::bigint[] AS ahead,
+               CASE WHEN m."position" < 0 THEN position_ids[-m."position"] ELSE m."position" END AS "position",
+               CASE WHEN m.target < 0 THEN position_ids[-m.target] ELSE m.target END AS target
+        FROM unnest(subscriptions, shards, epochs, tokens, positions, targets, relay_store.acked, relay_store.ahead)
+             WITH ORDINALITY AS m (subscription, shard, epoch, token, "position", target, acked, ahead, at)
+        WHERE m.at <> ALL (busy)
+    ), granted AS MATERIALIZED (
+        SELECT nextval('dtm.cursor_id_seq') AS id, a.*
+        FROM asked a
+        JOIN dtm.subscription s ON s.id = a.subscription AND s.epoch = a.epoch
+        WHERE a.token = (SELECT l.token FROM dtm.lease_log l
+                         WHERE l.subscription = a.subscription AND l.shard = a.shard ORDER BY l.token DESC LIMIT 1)
+    ), first AS (
+        INSERT INTO dtm.cursor_log_1 (id, subscription, shard, epoch, token, "position", target, acked, ahead)
+        SELECT id, subscription, shard, epoch, token, "position", target, acked, ahead FROM granted WHERE segment = 1
+    ), second AS (
+        INSERT INTO dtm.cursor_log_2 (id, subscription, shard, epoch, token, "position", target, acked, ahead)
+        SELECT id, subscription, shard, epoch, token, "position", target, acked, ahead FROM granted WHERE segment = 2
+    )
+    SELECT coalesce(array_agg(at), '{}') INTO moved FROM granted;
+    fenced := ARRAY(SELECT generate_subscripts(subscriptions, 1) EXCEPT SELECT unnest(moved) EXCEPT SELECT unnest(busy)
+                    ORDER BY 1);
+    IF cardinality("of") > 0 THEN
+        PERFORM dtm.settle(moved, subscriptions, "of", seqs, what, attempts, next_in, histories);
+    END IF;
+END
+$$;
+
+-- Settles events of those cursors that were moved.
+--   park   copies an event from the log, to be tried again
+--   bury   copies it from the log, as a dead letter
+--   again  says of a parked one when it is tried next
+--   die    makes a dead letter of a parked one
+--   done   forgets a parked one
+-- What is no longer parked was discarded meanwhile, or its subscription rewound: nothing is left to be done for it. What is
+-- parked already, because its shard has begun anew before it, stays as it is.
+-- enable_seqscan: a plan that was made while the log was empty must not read all of it a moment later.
+CREATE FUNCTION dtm.settle(
+    granted int[], subscriptions bigint[],
+    "of" int[], seqs bigint[], what text[], attempts int[], next_in float8[], histories jsonb[]) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    missing bigint;
+BEGIN
+    IF NOT what <@ ARRAY['park', 'bury', 'again', 'die', 'done'] THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'malformed report of a relay',
+            DETAIL = format('What became of events is %s.', what),
+            HINT = 'Use a relay of a matching version.';
+    END IF;
+    IF what && ARRAY['park', 'bury'] THEN
+        WITH fresh AS MATERIALIZED (
+            SELECT nextval('dtm.retry_seq') AS n, subscriptions[a."of"] AS subscription, a.seq, a.what, a.attempts,
+                   clock_timestamp() + make_interval(secs => a.next_in) AS next_at, coalesce(a.history, '[]') AS history,
+                   l.seq IS NOT NULL AS found,
+                   l.era, l.published_at, l.id, l.topic, l.key, l.content_type, l.headers, l.payload
+            FROM unnest(settle."of", seqs, settle.what, settle.attempts, settle.next_in, histories)
+                 WITH ORDINALITY AS a ("of", seq, what, attempts, next_in, history, at)
+            LEFT JOIN LATERAL (SELECT * FROM dtm.log e WHERE e.seq = a.seq LIMIT 1) l ON true
+            WHERE a."of" = ANY (granted) AND a.what IN ('park', 'bury')
+            ORDER BY a.at
+        ), parked AS (
+            INSERT INTO dtm.retry (subscription, seq, n, era, published_at, id, topic, key, content_type, headers, payload,
+                                   attempts, next_at, history)
+            SELECT f.subscription, f.seq, f.n, f.era, f.published_at, f.id, f.topic, f.key, f.content_type, f.headers, f.payload,
+                   f.attempts, f.next_at, f.history
+            FROM fresh f WHERE f.found AND f.what = 'park'
+            ON CONFLICT DO NOTHING
+        ), buried AS (
+            INSERT INTO dtm.dead_letter AS d (subscription, seq, n, era, published_at, id, topic, key, content_type, headers,
+                                              payload, attempts, history)
+            SELECT f.subscription, f.seq, f.n, f.era, f.published_at, f.id, f.topic, f.key, f.content_type, f.headers,
+                   f.payload, f.attempts, f.history
+            FROM fresh f WHERE f.found AND f.what = 'bury'
+            ON CONFLICT (subscription, seq) DO UPDATE
+            SET attempts = excluded.attempts, history = d.history || excluded.history, died_at = excluded.died_at
+        )
+        SELECT f.seq INTO missing FROM fresh f WHERE NOT f.found LIMIT 1;
+        IF FOUND THEN
+            RAISE EXCEPTION USING
+                ERRCODE = 'data_corrupted',
+                MESSAGE = 'an event that failed is not in the log',
+                DETAIL = format('Its sequence number is %s.', missing),
+                HINT = 'Has the log been truncated by hand? Nothing was stored; dtm.rewind sets the cursor past the gap.';
+        END IF;
+    END IF;
+    IF what && ARRAY['again'] THEN
+        UPDATE dtm.retry r
+        SET attempts = a.attempts, next_at = clock_timestamp() + make_interval(secs => a.next_in),
+            history = r.history || coalesce(a.history, '[]')
+        FROM unnest(settle."of", seqs, settle.what, settle.attempts, settle.next_in, histories) AS a ("of", seq, what, attempts, next_in, history)
+        WHERE a."of" = ANY (granted) AND a.what = 'again' AND r.subscription = subscriptions[a."of"] AND r.seq = a.seq;
+    END IF;
+    IF what && ARRAY['die'] THEN
+        WITH dying AS (
+            DELETE FROM dtm.retry r
+            USING unnest(settle."of", seqs, settle.what, settle.attempts, histories) AS a ("of", seq, what, attempts, history)
+            WHERE a."of" = ANY (granted) AND a.what = 'die' AND r.subscription = subscriptions[a."of"] AND r.seq = a.seq
+            RETURNING r.*, a.attempts AS attempts_made, r.history || coalesce(a.history, '[]') AS whole_history
+        )
+        INSERT INTO dtm.dead_letter AS d (subscription, seq, n, era, published_at, id, topic, key, content_type, headers,
+                                          payload, attempts, history, parked_at)
+        SELECT g.subscription, g.seq, g.n, g.era, g.published_at, g.id, g.topic, g.key, g.content_type, g.headers,
+               g.payload, g.attempts_made, g.whole_history, g.parked_at
+        FROM dying g
+        ON CONFLICT (subscription, seq) DO UPDATE
+        SET attempts = excluded.attempts, history = d.history || excluded.history, died_at = excluded.died_at;
+    END IF;
+    IF what && ARRAY['done'] THEN
+        DELETE FROM dtm.retry r
+        USING unnest(settle."of", seqs, settle.what) AS a ("of", seq, what)
+        WHERE a."of" = ANY (granted) AND a.what = 'done' AND r.subscription = subscriptions[a."of"] AND r.seq = a.seq;
+    END IF;
+END
+$$;
+
+-- What is parked of a shard, in the order in which it is delivered; and, where a dead letter blocks its key, that (blocks).
+-- next_in: seconds until it is tried; null: it waits behind what comes before it of its key.
+CREATE FUNCTION dtm.relay_parked(subscription bigint, shard int, shards int)
+RETURNS TABLE (seq bigint, key text, bytes int, attempts int, next_in float8, blocks boolean)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    WITH parked AS (
+        SELECT r.n, r.seq, r.key, r.topic, r.headers, r.payload, r.attempts, r.next_at, false AS blocks
+        FROM dtm.retry r WHERE r.subscription = relay_parked.subscription
+        UNION ALL
+        SELECT d.n, d.seq, d.key, d.topic, d.headers, d.payload, d.attempts, NULL, true
+        FROM dtm.dead_letter d JOIN dtm.subscription s ON s.id = d.subscription
+        WHERE d.subscription = relay_parked.subscription AND d.key IS NOT NULL AND s.options ->> 'on_dead' = 'block'
+    )
+    SELECT p.seq, p.key,
+           octet_length(p.topic) + coalesce(octet_length(p.key), 0) + coalesce(octet_length(p.headers), 0)
+           + coalesce(octet_length(p.payload), 0),
+           p.attempts,
+           CASE WHEN p.blocks THEN NULL
+                WHEN p.next_at IS NOT NULL THEN greatest(extract(epoch FROM p.next_at - clock_timestamp()), 0)
+                -- Nothing is before it any more.
+                WHEN p.key IS NULL OR row_number() OVER (PARTITION BY p.key ORDER BY p.n) = 1 THEN 0 END::float8,
+           p.blocks
+    FROM parked p
+    WHERE dtm.shard_of(p.key, p.seq, relay_parked.shards) = relay_parked.shard
+    ORDER BY p.n;
+END;
+
+-- Parked events, packed as a page, in the order in which they are delivered. Those that are gone are left out.
+CREATE FUNCTION dtm.relay_parked_events(subscription bigint, seqs bigint[]) RETURNS bytea
+LANGUAGE c STABLE STRICT SET search_path = pg_catalog, pg_temp AS 'MODULE_PATHNAME', 'relay_parked_events_wrapper';
+
+-- Ends a subscription whose endpoint is gone for good, until dtm.resume. False: it is not this relay's any more, it is not active,
+-- or a transaction is changing it; then relay_assign tells, and the relay may ask again.
+CREATE FUNCTION dtm.relay_disable(subscription bigint, epoch bigint, token bigint, shard int, reason text) RETURNS boolean
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    -- It does not wait for a user's transaction: other relays would wait for its lock on the leases.
+    PERFORM FROM dtm.subscription s WHERE s.id = relay_disable.subscription FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    LOCK TABLE dtm.lease_log_1 IN ROW SHARE MODE;
+    UPDATE dtm.subscription s SET state = 'disabled', reason = relay_disable.reason
+    WHERE s.id = relay_disable.subscription AND s.epoch = relay_disable.epoch AND s.state = 'active'
+      AND relay_disable.token = (SELECT l.token FROM dtm.lease_log l
+                                 WHERE l.subscription = s.id AND l.shard = relay_disable.shard ORDER BY l.token DESC LIMIT 1);
+    RETURN FOUND;
+END
+$$;
+
+-- What users do about events that failed.
+
+-- Whether a topic matches a pattern; raises an error with a hint if that is none.
+CREATE FUNCTION dtm.topic_matches(pattern text, topic text) RETURNS boolean
+LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'topic_matches_wrapper';
+
+-- Checks what dtm.redrive and dtm.discard are called with, keeps the subscription's relays from reporting until the transaction
+-- ends, and picks the dead letters, oldest first.
+CREATE FUNCTION dtm.choose_dead_letters(
+    subscription text, ids uuid[], topic text, since timestamptz, max_rows int, everything boolean,
+    OUT subscription_id bigint, OUT seqs bigint[])
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF ids IS NULL AND topic IS NULL AND since IS NULL AND everything IS NOT TRUE THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'which dead letters?',
+            DETAIL = 'There is neither ids nor topic nor since.',
+            HINT = 'Pass one of them, or everything => true for all dead letters of the subscription.';
+    END IF;
+    IF max_rows IS NULL OR max_rows < 1 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'max_rows must be positive',
+            DETAIL = format('It is %s.', coalesce(max_rows::text, 'null')),
+            HINT = 'Pass how many dead letters one call may take, such as 1000, and call it until it answers 0.';
+    END IF;
+    PERFORM dtm.topic_matches(topic, 'any');  -- is it a pattern?
+    subscription_id := dtm.lock_settlements(subscription);
+    IF subscription_id IS NULL THEN
+        PERFORM dtm.raise_no_subscription(subscription);
+    END IF;
+    seqs := ARRAY(
+        SELECT d.seq FROM dtm.dead_letter d
+        WHERE d.subscription = subscription_id
+          AND (ids IS NULL OR d.id = ANY (ids))
+          AND (choose_dead_letters.topic IS NULL OR dtm.topic_matches(choose_dead_letters.topic, d.topic))
+          AND (since IS NULL OR d.published_at >= since)
+        ORDER BY d.n LIMIT max_rows);
+END
+$$;
+
+CREATE FUNCTION dtm.redrive(
+    subscription text, ids uuid[] DEFAULT NULL, topic text DEFAULT NULL, since timestamptz DEFAULT NULL,
+    max_rows int DEFAULT 1000, everything boolean DEFAULT false) RETURNS bigint
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    chosen record;
+    redriven bigint;
+BEGIN
+    SELECT * INTO chosen FROM dtm.choose_dead_letters(
+        redrive.subscription, ids, redrive.topic, since, max_rows, everything);
+    WITH gone AS (
+        DELETE FROM dtm.dead_letter d
+        WHERE d.subscription = chosen.subscription_id AND d.seq = ANY (chosen.seqs)
+        RETURNING d.*
+    ), parked AS (
+        INSERT INTO dtm.retry (subscription, seq, n, era, published_at, id, topic, key, content_type, headers, payload,
+                               attempts, next_at, history, parked_at)
+        SELECT g.subscription, g.seq, g.n, g.era, g.published_at, g.id, g.topic, g.key, g.content_type, g.headers, g.payload,
+               0, clock_timestamp(), g.history, g.parked_at
+        FROM gone g
+        ON CONFLICT DO NOTHING  -- it is being tried again already
+    )
+    SELECT count(*) INTO redriven FROM gone;
+    IF redriven > 0 THEN
+        UPDATE dtm.subscription s SET revision = s.revision + 1 WHERE s.id = chosen.subscription_id;
+    END IF;
+    RETURN redriven;
+END
+$$;
+
+CREATE FUNCTION dtm.discard(
+    subscription text, ids uuid[] DEFAULT NULL, topic text DEFAULT NULL, since timestamptz DEFAULT NULL,
+    max_rows int DEFAULT 1000, everything boolean DEFAULT false) RETURNS bigint
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    chosen record;
+    discarded bigint;
+    freed text[];
+BEGIN
+    SELECT * INTO chosen FROM dtm.choose_dead_letters(
+        discard.subscription, ids, discard.topic, since, max_rows, everything);
+    WITH gone AS (
+        DELETE FROM dtm.dead_letter d
+        WHERE d.subscription = chosen.subscription_id AND d.seq = ANY (chosen.seqs)
+        RETURNING d.key
+    )
+    SELECT count(*), array_agg(DISTINCT g.key) INTO discarded, freed FROM gone g;
+    IF discarded > 0 THEN
+        -- Where a dead letter blocks its key: what waited behind one of these goes on, unless behind another, too.
+        UPDATE dtm.retry r SET next_at = clock_timestamp()
+        WHERE r.subscription = chosen.subscription_id AND r.key = ANY (freed) AND r.next_at IS NULL
+          AND r.n = (SELECT min(f.n) FROM dtm.retry f WHERE f.subscription = r.subscription AND f.key = r.key)
+          AND NOT EXISTS (SELECT FROM dtm.dead_letter d
+                          WHERE d.subscription = r.subscription AND d.key = r.key AND d.n < r.n)
+          AND (SELECT s.options ->> 'on_dead' = 'block' FROM dtm.subscription s WHERE s.id = r.subscription);
+        UPDATE dtm.subscription s SET revision = s.revision + 1 WHERE s.id = chosen.subscription_id;
+    END IF;
+    RETURN discarded;
+END
+$$;
+
+-- Drops what failed and is delivered again from the log, since the subscription begins anew before it. What the log no longer
+-- has lies before every beginning, and stays.
+CREATE FUNCTION dtm.forget_failures(subscription_id bigint, start_at text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    start_time timestamptz;
+BEGIN
+    IF start_at = 'now' THEN
+        RETURN;
+    END IF;
+    start_time := CASE start_at WHEN 'earliest' THEN '-infinity' ELSE start_at END;
+    DELETE FROM dtm.retry r
+    WHERE r.subscription = subscription_id AND r.published_at >= start_time
+      AND EXISTS (SELECT FROM dtm.log l WHERE l.seq = r.seq);
+    DELETE FROM dtm.dead_letter d
+    WHERE d.subscription = subscription_id AND d.published_at >= start_time
+      AND EXISTS (SELECT FROM dtm.log l WHERE l.seq = d.seq);
+END
+$$;
+
+COMMENT ON FUNCTION dtm.redrive(text, uuid[], text, timestamptz, int, boolean) IS
+    'Tries dead letters again: by id, by topic (a pattern), published at a time or later. They may come after later ones of a key.';
+COMMENT ON FUNCTION dtm.discard(text, uuid[], text, timestamptz, int, boolean) IS
+    'Deletes dead letters: by id, by topic (a pattern), published at a time or later.';
+
+-- How far each subscription, or each of its shards, is. lag_events counts sequence numbers, so it is an upper bound: rolled-back
+-- events, other topics, other shards, and what was delivered before a transaction that began earlier has ended, count too. Null:
+-- there is no cursor.
+CREATE VIEW dtm.progress AS
+SELECT s.id AS subscription, o.shard,
+       CASE WHEN o.alive THEN o.name END AS owner,
+       CASE WHEN cursor.low IS NULL THEN NULL
+            ELSE coalesce(extract(epoch FROM pg_catalog.clock_timestamp() - behind.published_at), 0) END::float8 AS lag_seconds,
+       CASE WHEN cursor.low IS NULL THEN NULL
+            WHEN behind.published_at IS NULL THEN 0 ELSE head.seq - cursor.low END AS lag_events,
+       cursor.moved_at
+FROM dtm.subscription s
+JOIN dtm.owners o ON o.subscription = s.id
+CROSS JOIN LATERAL (
+    SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS seq FROM dtm.event_seq) head
+-- A position has seen what its snapshot sees (the fourth part of its text); all that it has not lies above its low.
+LEFT JOIN LATERAL (
+    SELECT p.era, e.ordinal, c.acked, c.moved_at,
+           pg_catalog.split_part(p.body, '|', 4)::pg_catalog.pg_snapshot AS seen,
+           pg_catalog.split_part(t.body, '|', 4)::pg_catalog.pg_snapshot AS seen_then,
+           CASE WHEN p.seq = 9223372036854775807 THEN 0  -- the end of an era: all of the next one lies before it
+                ELSE least(CASE WHEN c.acked = 0 THEN p.low ELSE c.acked END, t.low) END AS low
+    FROM dtm.cursor_log c
+    JOIN dtm.position_log p ON p.id = c."position"
+    LEFT JOIN dtm.position_log t ON t.id = c.target
+    LEFT JOIN dtm.eras e ON e.era = p.era
+    WHERE c.subscription = s.id AND c.shard = o.shard AND c.epoch = s.epoch
+    ORDER BY c.id DESC LIMIT 1) cursor ON true
+-- The first that is not delivered: of the position's era, or of a later one.
+LEFT JOIN LATERAL (
+    SELECT l.published_at FROM dtm.log l
+    WHERE l.seq > cursor.low
+      AND CASE WHEN l.era <> cursor.era
+               THEN coalesce((SELECT e.ordinal > coalesce(cursor.ordinal, 2147483647) FROM dtm.eras e WHERE e.era = l.era), true)
+               ELSE NOT pg_catalog.pg_visible_in_snapshot(l.xid, cursor.seen)
+                    AND (l.seq > cursor.acked OR NOT pg_catalog.pg_visible_in_snapshot(l.xid, cursor.seen_then)) END
+    ORDER BY l.seq LIMIT 1) behind ON true;
+
+-- The lag is that of the slowest shard.
+CREATE OR REPLACE VIEW dtm.subscriptions AS
+SELECT s.name, s.topics, s.destination, s.options, s.state, s.reason,
+       progress.owner, progress.lag_seconds, progress.lag_events, progress.moved_at,
+       s.epoch, s.since, s.created_at, s.id,
+       (SELECT count(*) FROM dtm.retry r WHERE r.subscription = s.id) AS retrying,
+       (SELECT count(*) FROM dtm.dead_letter d WHERE d.subscription = s.id) AS dead,
+       progress.shards
+FROM dtm.subscription s
+CROSS JOIN LATERAL (
+    SELECT pg_catalog.string_agg(DISTINCT p.owner, ', ' ORDER BY p.owner) AS owner,
+           CASE WHEN bool_and(p.lag_seconds IS NOT NULL) THEN max(p.lag_seconds) END AS lag_seconds,
+           CASE WHEN bool_and(p.lag_events IS NOT NULL) THEN max(p.lag_events) END AS lag_events,
+           max(p.moved_at) AS moved_at, count(*)::int AS shards
+    FROM dtm.progress p WHERE p.subscription = s.id) progress;
+
+COMMENT ON VIEW dtm.subscriptions IS
+    'Every subscription: what it matches, where it goes, its state, owner and lag, and how much of it failed.';
+
+CREATE VIEW dtm.retries AS
+SELECT s.name, r.id, r.topic, r.key, r.attempts, r.next_at,
+       r.key IS NOT NULL AND s.options ->> 'ordering' IS DISTINCT FROM 'none' AND (
+           row_number() OVER (PARTITION BY r.subscription, r.key ORDER BY r.n) > 1
+           OR s.options ->> 'on_dead' = 'block' AND EXISTS (
+               SELECT FROM dtm.dead_letter d
+               WHERE d.subscription = r.subscription AND d.key = r.key AND d.n < r.n)) AS waits_behind,
+       CASE WHEN pg_catalog.jsonb_typeof(r.history -> -1 -> 'status') = 'number'
+            THEN (r.history -> -1 ->> 'status')::int END AS last_status,
+       r.history -> -1 ->> 'error' AS last_error, r.history, r.published_at, r.parked_at,
+       CASE WHEN r.content_type IS NULL THEN pg_catalog.convert_from(r.payload, 'UTF8')::jsonb
+            WHEN r.content_type ~* '^[^;]*[/+]json\s*(;|$)' THEN dtm.json_or_null(r.payload) END AS payload,
+       r.payload AS body,
+       coalesce(r.content_type, 'application/json') AS content_type,
+       r.headers::jsonb AS headers, r.seq, r.era
+FROM dtm.retry r JOIN dtm.subscription s ON s.id = r.subscription;
+
+COMMENT ON VIEW dtm.retries IS 'What is tried again: why, and when next. waits_behind: after an earlier event of its key.';
+
+CREATE VIEW dtm.dead_letters AS
+SELECT s.name, d.id, d.topic, d.key, d.attempts, d.died_at,
+       CASE WHEN pg_catalog.jsonb_typeof(d.history -> -1 -> 'status') = 'number'
+            THEN (d.history -> -1 ->> 'status')::int END AS last_status,
+       d.history -> -1 ->> 'error' AS last_error, d.history,
+       CASE WHEN d.content_type IS NULL THEN pg_catalog.convert_from(d.payload, 'UTF8')::jsonb
+            WHEN d.content_type ~* '^[^;]*[/+]json\s*(;|$)' THEN dtm.json_or_null(d.payload) END AS payload,
+       d.payload AS body,
+       coalesce(d.content_type, 'application/json') AS content_type,
+       d.headers::jsonb AS headers, d.published_at, d.parked_at, d.seq, d.era
+FROM dtm.dead_letter d JOIN dtm.subscription s ON s.id = d.subscription;
+
+COMMENT ON VIEW dtm.dead_letters IS 'What was given up. dtm.redrive tries it again, dtm.discard deletes it.';
+
+-- PUBLIC gets nothing.
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA dtm FROM PUBLIC;
+REVOKE ALL ON ALL PROCEDURES IN SCHEMA dtm FROM PUBLIC;
