@@ -7,12 +7,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dtm_core::duration;
+use dtm_core::options::is_secret_name;
 use figment::Figment;
 use figment::error::Kind;
 use figment::providers::{Env, Format as _, Serialized, Toml};
 use serde::Deserialize;
 use serde::de::{Deserializer, Visitor};
 
+use crate::calls::secrets::{SecretTable, Secrets};
+use crate::pipeline::flow::ParkingBounds;
 use crate::pipeline::run::Bounds;
 use crate::source::settings::{Settings, ThisMachine};
 
@@ -71,7 +74,11 @@ struct File {
     subscription_events: usize,
     subscription_bytes: usize,
     buffer_bytes: usize,
+    parked_events: usize,
+    parked_bytes: usize,
     threads: usize,
+    ca_file: Option<PathBuf>,
+    secret: BTreeMap<String, SecretTable>,
     database: BTreeMap<String, DatabaseTable>,
 }
 
@@ -100,14 +107,18 @@ impl Default for File {
             subscription_events: 4_096,
             subscription_bytes: 16 * 1024 * 1024,
             buffer_bytes: 64 * 1024 * 1024,
+            parked_events: 10_000,
+            parked_bytes: 256 * 1024 * 1024,
             threads: 2,
+            ca_file: None,
+            secret: BTreeMap::new(),
             database: BTreeMap::new(),
         }
     }
 }
 
 /// Settings that numbers and durations say, by name: each can be given as the variable `DTM_` and the name in capitals.
-const VARIABLES: [&str; 11] = [
+const VARIABLES: [&str; 14] = [
     "lease",
     "shutdown",
     "poll_busy",
@@ -118,7 +129,10 @@ const VARIABLES: [&str; 11] = [
     "subscription_events",
     "subscription_bytes",
     "buffer_bytes",
+    "parked_events",
+    "parked_bytes",
     "threads",
+    "ca_file",
 ];
 
 /// A database that the relay delivers from.
@@ -161,8 +175,16 @@ pub struct Config {
     pub subscription_bytes: usize,
     /// Bytes that all subscriptions hold in memory.
     pub buffer_bytes: usize,
+    /// Events of one subscription, or shard, that may be parked.
+    pub parked_events: usize,
+    /// Bytes of them.
+    pub parked_bytes: usize,
     /// Threads.
     pub threads: usize,
+    /// Certificates of authorities that endpoints are trusted by, beside the operating system's.
+    pub ca_file: Option<PathBuf>,
+    /// What subscriptions name by `secret:NAME`.
+    pub secrets: Secrets,
     /// At least one.
     pub databases: Vec<Database>,
 }
@@ -199,6 +221,7 @@ impl Config {
             events: self.subscription_events,
             page_events: self.page_events,
             page_bytes: self.page_bytes,
+            parking: ParkingBounds { events: self.parked_events, bytes: self.parked_bytes },
             drain: self.shutdown,
         }
     }
@@ -227,6 +250,8 @@ impl File {
             ("subscription_events", self.subscription_events, 1, 1_000_000),
             ("subscription_bytes", self.subscription_bytes, 1_024, 1 << 40),
             ("buffer_bytes", self.buffer_bytes, 1_024, 1 << 40),
+            ("parked_events", self.parked_events, 0, 1_000_000),
+            ("parked_bytes", self.parked_bytes, 0, 1 << 40),
             ("threads", self.threads, 1, 256),
         ];
         for (key, value, least, most) in bounds {
@@ -244,6 +269,14 @@ impl File {
                 Ok(settings) => databases.push(Database { name, settings }),
                 Err(error) => return Err(wrong(&key, error.to_string())),
             }
+        }
+        let mut secrets = Secrets::new();
+        for (name, table) in self.secret {
+            let key = format!("secret.{name}");
+            if !is_secret_name(&name) {
+                return Err(wrong(&key, "a name has 1 to 64 letters, digits, _, - and .".into()));
+            }
+            secrets.insert(name, table.read().map_err(|why| wrong(&key, why))?);
         }
         if databases.is_empty() {
             let ways =
@@ -265,7 +298,11 @@ impl File {
             subscription_events: self.subscription_events,
             subscription_bytes: self.subscription_bytes,
             buffer_bytes: self.buffer_bytes,
+            parked_events: self.parked_events,
+            parked_bytes: self.parked_bytes,
             threads: self.threads,
+            ca_file: self.ca_file,
+            secrets,
             databases,
         })
     }

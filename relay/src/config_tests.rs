@@ -86,16 +86,35 @@ fn what_is_wrong_is_told_in_one_line_with_file_and_key() {
         ("environment = \"\"", vec!["relay.toml", "environment: it is empty"]),
         ("", vec!["no database to deliver from"]),
         (
-            "[database.main]\nurl = \"postgres://u:secret@h/d?sslmode=no\"",
+            "[database.main]\nurl = \"postgres://u:hunter2@h/d?sslmode=no\"",
             vec!["relay.toml", "database.main.url: connection URL: sslmode=no is none of disable"],
         ),
-        ("[database.main]\nurl = \"postgres://u:secret@h", vec!["relay.toml", "line 2"]),
+        ("[database.main]\nurl = \"postgres://u:hunter2@h", vec!["relay.toml", "line 2"]),
     ] {
         let error = load(text, None).unwrap_err();
         for part in parts {
             assert!(error.contains(part), "{part:?} in {error:?} of {text:?}");
         }
-        assert!(!error.contains("secret") && error.lines().count() == 1, "{error}");
+        assert!(!error.contains("hunter2") && error.lines().count() == 1, "{error}");
+    }
+}
+
+#[test]
+fn secrets_are_read_from_where_they_stand_and_shown_nowhere() {
+    let url = "[database.main]\nurl = \"postgres://u@h/d\"\n";
+    let config = load(&format!("{url}[secret.path]\nfile = \"relay.toml\""), None).unwrap();
+    assert!(!config.secrets["path"].reveal().is_empty() && format!("{config:?}").contains("Secret(…)"));
+    for (text, parts) in [
+        ("[secret.a]", vec!["relay.toml", "secret.a: it needs either env or file"]),
+        ("[secret.a]\nenv = \"DTM_NO_SUCH\"", vec!["secret.a: the variable DTM_NO_SUCH is not set"]),
+        ("[secret.a]\nfile = \"/nowhere/x\"", vec!["secret.a: /nowhere/x"]),
+        ("[secret.\"a b\"]\nfile = \"relay.toml\"", vec!["secret.a b: a name has"]),
+        ("[secret.a]\nvalue = \"x\"", vec!["secret.a.value: there is no such setting"]),
+    ] {
+        let error = load(&format!("{url}{text}"), None).unwrap_err();
+        for part in parts {
+            assert!(error.contains(part), "{part:?} in {error:?} of {text:?}");
+        }
     }
 }
 

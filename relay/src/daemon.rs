@@ -11,11 +11,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 use uuid::Uuid;
 
+use crate::calls::http::HttpCaller;
 use crate::config::Config;
 use crate::database::{self, Stopped};
 use crate::pipeline::budget::Budget;
 use crate::session::Shared;
-use crate::sink::http::HttpClient;
 
 /// What a shutdown needs beyond draining, to store cursors and give up leases.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -34,7 +34,9 @@ pub async fn run(config: Config) -> Result<ExitCode, Box<dyn std::error::Error>>
     );
     let farewell = config.shutdown + FAREWELL;
     let budget = Budget::new(config.buffer_bytes);
-    let shared = Arc::new(Shared { relay: Uuid::new_v4(), http: HttpClient::new()?, budget, config });
+    let http = HttpCaller::new(config.ca_file.as_deref())?;
+    let secrets = Arc::new(config.secrets.clone());
+    let shared = Arc::new(Shared { relay: Uuid::new_v4(), http, secrets, budget, config });
     let stop = CancellationToken::new();
     let mut databases = JoinSet::new();
     for database in &shared.config.databases {

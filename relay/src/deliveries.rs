@@ -6,20 +6,23 @@ use std::sync::Arc;
 
 use dtm_core::destination::Destination;
 use dtm_core::options::Options;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, error, info};
 
+use crate::calls::http::HttpCaller;
+use crate::calls::secrets::Secrets;
 use crate::pipeline::budget::{Budget, Share};
 use crate::pipeline::run::{Bounds, Pipeline, TELL_EVERY};
-use crate::sink::http::{HttpClient, HttpSink};
+use crate::sink::http::HttpSink;
 use crate::source::cursors::{Cursors, Owner};
 use crate::source::error::SourceError;
 use crate::source::head::Head;
-use crate::source::leases::Assignment;
+use crate::source::leases::{Assignment, Given};
 use crate::source::pages::{Pages, Wanted};
+use crate::source::tail::Tail;
 
 /// What all pipelines of a session share.
 pub struct Common {
@@ -29,14 +32,20 @@ pub struct Common {
     pub eras: Arc<[i32]>,
     /// Where pages come from.
     pub pages: Arc<Pages>,
+    /// Where they come from at the end of the log.
+    pub tail: Arc<Tail>,
     /// The newest head.
     pub heads: watch::Receiver<Head>,
     /// Where cursors are left.
     pub cursors: Arc<Cursors>,
     /// Until when anything may be sent.
     pub valid_until: watch::Receiver<Instant>,
+    /// Where leases are given up.
+    pub given: mpsc::Sender<Given>,
     /// Connections to endpoints.
-    pub http: HttpClient,
+    pub http: HttpCaller,
+    /// What the configuration knows and tables do not.
+    pub secrets: Arc<Secrets>,
     /// Memory of the whole relay.
     pub budget: Budget,
     /// Memory of one pipeline.
@@ -92,17 +101,27 @@ impl Deliveries {
 
     /// Starts what is new, stops what is gone, and starts anew what has changed, from where its cursor stands.
     pub fn reconcile(&mut self, assigned: &[Assignment]) {
-        let wanted: HashMap<Key, &Assignment> = assigned
-            .iter()
-            .map(|assignment| ((assignment.subscription, assignment.shard), assignment))
-            .collect();
+        let place = |assignment: &Assignment| (assignment.subscription, assignment.shard);
+        let kept = || assigned.iter().filter(|assignment| !assignment.release);
+        self.common.tail.serve(kept().map(wanted));
+        let wanted: HashMap<Key, &Assignment> =
+            kept().map(|assignment| (place(assignment), assignment)).collect();
         for (key, running) in &mut self.running {
             if wanted.contains_key(key) {
                 continue;
             }
             if let Some(gone) = running.assignment.take() {
-                info!(subscription = gone.name, "no longer delivered here");
+                info!(subscription = gone.name, shard = gone.shard, "no longer delivered here");
                 running.drain.cancel();
+            }
+        }
+        for assignment in assigned.iter().filter(|assignment| assignment.release) {
+            // What still drains is given up when it has ended: it is asked for again with each heartbeat.
+            let drains =
+                self.running.get(&place(assignment)).is_some_and(|running| !running.ended.is_cancelled());
+            if !drains {
+                let Assignment { subscription, shard, token, .. } = *assignment;
+                let _ = self.common.given.try_send(Given { subscription, shard, token });
             }
         }
         for (key, assignment) in wanted {
@@ -147,16 +166,17 @@ impl Deliveries {
         let options = Options::from_json(&assignment.options).map_err(|error| error.to_string())?;
         let Destination::Http(uri) = Destination::parse(&assignment.destination)
             .map_err(|error| format!("destination {}: {error}", assignment.destination))?;
-        let sink = HttpSink::new(common.http.clone(), uri, options.timeout, &common.source)
+        let sink = HttpSink::new(common.http.clone(), uri, &options, &common.secrets, &common.source)
             .map_err(|error| error.to_string())?;
         let Assignment { subscription, shard, epoch, token, .. } = *assignment;
         Ok(Pipeline {
             name: assignment.name.clone(),
             owner: Owner { subscription, shard, epoch, token, fenced: CancellationToken::new() },
-            wanted: Arc::new(Wanted { topics: assignment.topics.clone(), since: assignment.since }),
+            wanted: Arc::new(wanted(assignment)),
             options,
             sink: Arc::new(sink),
             pages: common.pages.clone(),
+            tail: common.tail.clone(),
             heads: common.heads.clone(),
             cursors: common.cursors.clone(),
             valid_until: common.valid_until.clone(),
@@ -166,6 +186,10 @@ impl Deliveries {
             drain,
         })
     }
+}
+
+fn wanted(assignment: &Assignment) -> Wanted {
+    Wanted { unit: assignment.unit(), topics: assignment.topics.clone(), since: assignment.since }
 }
 
 /// Tells again and again why a subscription is not delivered.

@@ -6,17 +6,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::try_join_all;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, info};
 use uuid::Uuid;
 
+use crate::calls::http::HttpCaller;
+use crate::calls::secrets::Secrets;
 use crate::config::Config;
 use crate::deliveries::{Common, Deliveries};
 use crate::pipeline::budget::Budget;
-use crate::sink::http::HttpClient;
 use crate::source::connect::Connector;
 use crate::source::cursors::{self, Cursors};
 use crate::source::due;
@@ -26,9 +27,13 @@ use crate::source::hello::{self, Greeting};
 use crate::source::leases::{self, Assignments, Identity, Told};
 use crate::source::origin;
 use crate::source::pages::Pages;
+use crate::source::tail::Tail;
 
 /// Connections that pages are read over.
 const READERS: usize = 2;
+
+/// Leases that wait to be given up; more are with the next heartbeat.
+const GIVEN: usize = 64;
 
 /// What storing the last cursors and giving up the leases may take.
 const FAREWELL: Duration = Duration::from_secs(4);
@@ -41,7 +46,9 @@ pub struct Shared {
     /// Who this process is towards databases: the same over reconnects, so that it keeps its leases.
     pub relay: Uuid,
     /// Connections to endpoints.
-    pub http: HttpClient,
+    pub http: HttpCaller,
+    /// What the configuration knows and tables do not.
+    pub secrets: Arc<Secrets>,
     /// Memory.
     pub budget: Budget,
     /// Settings.
@@ -99,22 +106,27 @@ impl Session {
         let release = CancellationToken::new();
         let identity = Identity { relay: shared.relay, name: config.name.clone(), lease: config.lease };
         let pace = Pace { busy: config.poll_busy, idle: config.poll_idle };
-        let told = Told { valid_until, assignments: assigned };
+        let (given, gives) = mpsc::channel(GIVEN);
+        let told = Told { valid_until, assignments: assigned, given: gives };
+        let tail = Arc::new(Tail::default());
 
         let mut roles = Roles::new();
         let common = Common {
             source: greeting.source.clone(),
             eras: greeting.eras.clone(),
             pages,
+            tail: tail.clone(),
+            given,
             heads: head,
             cursors: cursors.clone(),
             valid_until: valid,
             http: shared.http.clone(),
+            secrets: shared.secrets.clone(),
             budget: shared.budget.clone(),
             subscription_bytes: config.subscription_bytes,
             bounds: config.pipeline_bounds(),
         };
-        roles.spawn(endless(head::follow(first, greeting, pace, heads)).in_current_span());
+        roles.spawn(endless(head::follow(first, greeting, pace, tail, heads)).in_current_span());
         roles.spawn(leases::follow(lease_link, identity, told, release.clone()).in_current_span());
         roles.spawn(endless(cursors::follow(cursor_link, cursors.clone())).in_current_span());
         roles.spawn(endless(due::follow(due_link)).in_current_span());
@@ -125,19 +137,27 @@ impl Session {
         loop {
             tokio::select! {
                 Some(role) = self.roles.join_next() => return Err(why(role)),
-                ended = self.deliveries.ended() => ended?,
+                ended = self.deliveries.ended() => {
+                    ended?;
+                    // It may have been one that another relay waits for.
+                    self.reconcile();
+                }
                 changed = self.assignments.changed() => {
                     if changed.is_err() {
                         // The leases' task has ended: its error comes by the first branch.
                         self.assignments = watch::channel(None).1;
                         continue;
                     }
-                    let assigned = self.assignments.borrow_and_update().clone();
-                    self.deliveries.reconcile(assigned.as_deref().map_or(&[], Vec::as_slice));
+                    self.reconcile();
                 }
                 () = stop.cancelled() => return self.stop().await,
             }
         }
+    }
+
+    fn reconcile(&mut self) {
+        let assigned = self.assignments.borrow_and_update().clone();
+        self.deliveries.reconcile(assigned.as_deref().map_or(&[], Vec::as_slice));
     }
 
     /// Waits for what is in flight, stores the last cursors and gives up the leases. Heartbeats go on meanwhile.

@@ -100,6 +100,11 @@ impl Share {
         }
     }
 
+    /// The bytes that it holds.
+    pub fn held(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
+    }
+
     /// The page has come and has so many bytes. They can be more than there was room for, since the last event of a page may
     /// go beyond it: then nobody gets room until the excess is gone.
     pub fn hold(&self, room: Room, bytes: usize) -> Arc<Held> {

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: PostgreSQL
-//! A model of the whole pipeline: random logs, heads, page sizes, outcomes, times and crashes.
+//! A model of the whole pipeline: random logs, heads, page sizes, outcomes, times, crashes and orderly ends.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use dtm_core::options::Ordering;
 use dtm_core::position::{Position, Snapshot};
 use proptest::prelude::*;
 use proptest::sample::Index;
+use serde_json::json;
 use uuid::Uuid;
 
 use super::super::budget::{Budget, Share};
 use super::*;
+
+const ATTEMPTS: u32 = 3;
 
 #[derive(Clone, Debug)]
 enum Act {
@@ -21,28 +23,49 @@ enum Act {
     Look,
     /// A page of so many rows is asked for, looking at so many more.
     Read(usize),
+    /// Parked events that are due are read.
+    Load,
     Send,
-    Answer(Index, bool),
+    Answer(Index, Class),
     /// Time passes.
     Pass(u64),
-    /// The cursor is stored.
+    /// What is settled is stored.
     Store,
-    /// The relay starts anew from what was stored.
+    /// What is read is forgotten, where that is allowed.
+    Unload,
+    /// The relay ends in order, and begins anew.
+    End,
+    /// The relay begins anew from what was stored.
     Crash,
 }
 
-fn acts() -> impl Strategy<Value = Vec<Act>> {
+fn class() -> impl Strategy<Value = Class> {
+    prop_oneof![
+        10 => Just(Class::Accepted),
+        5 => Just(Class::Failed),
+        1 => Just(Class::Refused),
+        1 => Just(Class::Unsent),
+        1 => Just(Class::Throttled),
+        1 => Just(Class::Overloaded),
+        1 => Just(Class::Unsendable),
+    ]
+}
+
+fn acts(class: impl Strategy<Value = Class> + 'static) -> impl Strategy<Value = Vec<Act>> {
     let act = prop_oneof![
         6 => prop::option::of(0..4_u8).prop_map(Act::Publish),
         4 => Just(Act::Look),
         6 => (1..4_usize).prop_map(Act::Read),
+        3 => Just(Act::Load),
         8 => Just(Act::Send),
-        8 => (any::<Index>(), prop::bool::weighted(0.7)).prop_map(|(which, arrived)| Act::Answer(which, arrived)),
+        8 => (any::<Index>(), class).prop_map(|(which, class)| Act::Answer(which, class)),
         3 => (0..5_000_u64).prop_map(Act::Pass),
         3 => Just(Act::Store),
+        1 => Just(Act::Unload),
+        1 => Just(Act::End),
         1 => Just(Act::Crash),
     ];
-    prop::collection::vec(act, 0..500)
+    prop::collection::vec(act, 0..600)
 }
 
 /// Each event is a transaction of its own: number n has sequence number n and transaction id 2 + n.
@@ -52,31 +75,62 @@ fn position(last: i64) -> Arc<Mark> {
     Mark::new(Position { era: 1, seq: last, top: last, snapshot, floors: Vec::new() })
 }
 
+/// What the database has.
+#[derive(Clone, Default)]
+struct Stored {
+    cursor: (i64, Option<i64>, i64),
+    ahead: Vec<i64>,
+    /// By the order in which they were parked.
+    rows: Vec<(i64, u32, Option<Instant>)>,
+    dead: BTreeMap<i64, u32>,
+}
+
 struct Model {
     log: Vec<Option<u8>>,
     head: Arc<Mark>,
     flow: Flow,
     now: Instant,
     out: Vec<Delivery>,
-    stored: (i64, Option<i64>, i64),
+    stored: Stored,
+    /// What is left to be stored.
+    left: Vec<Settlement>,
     /// First arrivals, in their order.
     arrived: Vec<i64>,
-    /// Two events of one key were under way at once.
-    overtaken: bool,
+    accepted: BTreeSet<i64>,
+    refused: BTreeSet<i64>,
+    crashed: bool,
+    /// What must never be, if it was.
+    wrong: Option<String>,
 }
 
-fn flow(stored: (i64, Option<i64>, i64)) -> Flow {
-    let (from, target, acked) = stored;
-    let cursor = StoredCursor { position: position(from), target: target.map(position), acked };
-    let options = Options { ordering: Ordering::Key, max_in_flight: 3, ..Options::default() };
-    Flow::new(cursor, [1].into(), &options).unwrap()
+fn options() -> Options {
+    let json = json!({"max_in_flight": 3, "retry_base": 1, "retry_cap": 4, "retry_attempts": ATTEMPTS});
+    Options::from_json(&json).unwrap()
+}
+
+fn held() -> Arc<Held> {
+    let share = Share::new(Budget::new(1_000), 1_000);
+    share.hold(share.room(1).unwrap(), 1)
 }
 
 impl Model {
     fn new(now: Instant) -> Self {
-        let stored = (0, None, 0);
-        let (log, out, arrived) = (Vec::new(), Vec::new(), Vec::new());
-        Model { log, head: position(0), flow: flow(stored), now, out, stored, arrived, overtaken: false }
+        let stored = Stored::default();
+        let flow = begin(&stored, &[], now);
+        Model {
+            log: Vec::new(),
+            head: position(0),
+            flow,
+            now,
+            out: Vec::new(),
+            stored,
+            left: Vec::new(),
+            arrived: Vec::new(),
+            accepted: BTreeSet::new(),
+            refused: BTreeSet::new(),
+            crashed: false,
+            wrong: None,
+        }
     }
 
     fn event(&self, seq: i64) -> Event {
@@ -94,40 +148,108 @@ impl Model {
 
     /// Events with an even number match, and three times as many rows are looked at as are wanted.
     fn read(&mut self, rows: usize) {
-        let Some((from, to, after)) = self.flow.piece(Some(&self.head)) else { return };
-        let begin = after.max(from.position().seq);
-        let end = to.position().seq;
+        if !self.flow.wants_page(false, self.now) {
+            return;
+        }
+        let Some(piece) = self.flow.piece(Some(&self.head)) else { return };
+        let begin = piece.after.max(piece.from.position().seq);
+        let end = piece.to.position().seq;
         let scanned = end.min(begin + 3 * rows as i64);
         let matching = (begin + 1..=scanned).filter(|seq| seq % 2 == 0);
         let events: Vec<Event> = matching.take(rows).map(|seq| self.event(seq)).collect();
         let scanned = if events.len() == rows { events[rows - 1].seq } else { scanned };
-        let share = Share::new(Budget::new(1_000), 1_000);
-        let held = share.hold(share.room(1).unwrap(), 1);
-        self.flow.read(Page { scanned, done: scanned == end, events }, &held);
+        self.flow.read(Page { scanned, done: scanned == end, events }, &held());
+    }
+
+    fn load(&mut self) {
+        if !self.flow.has_due(self.now) {
+            return;
+        }
+        let asked = self.flow.load(1, self.now);
+        let found = self.stored.rows.iter().map(|row| row.0).filter(|seq| asked.contains(seq));
+        let found: Vec<Event> = found.map(|seq| self.event(seq)).collect();
+        // What is on its way to the database is waited for: a row that is not there yet would count as discarded.
+        self.store();
+        let found_now = self.stored.rows.iter().map(|row| row.0).filter(|seq| asked.contains(seq));
+        let events: Vec<Event> = found_now.map(|seq| self.event(seq)).collect();
+        if events.len() < found.len() {
+            self.wrong = Some("a row went while it was read".into());
+        }
+        self.flow.loaded(&asked, events, &held());
     }
 
     fn send(&mut self) {
         let Some(delivery) = self.flow.next(self.now) else { return };
-        let key = &delivery.event.key;
-        self.overtaken |= key.is_some() && self.out.iter().any(|other| other.event.key == *key);
+        let (seq, key) = (delivery.event.seq, &delivery.event.key);
+        if key.is_some() && self.out.iter().any(|other| other.event.key == *key) {
+            self.wrong = Some(format!("two events of key {key:?} are under way"));
+        }
+        if !self.crashed && self.accepted.contains(&seq) {
+            self.wrong = Some(format!("{seq} is sent again after it was accepted"));
+        }
         // The receiver does its work as soon as it is asked; what it answers may get lost.
-        if !self.arrived.contains(&delivery.event.seq) {
-            self.arrived.push(delivery.event.seq);
+        if !self.arrived.contains(&seq) {
+            self.arrived.push(seq);
         }
         self.out.push(delivery);
     }
 
-    fn answer(&mut self, which: &Index, arrived: bool) {
+    fn answer(&mut self, which: &Index, class: Class) {
         if self.out.is_empty() {
             return;
         }
         let delivery = self.out.swap_remove(which.index(self.out.len()));
-        if arrived {
-            self.flow.delivered(delivery);
-        } else {
-            let at = self.flow.failed(delivery, self.now, 0.5);
-            assert!(at > self.now && self.flow.next_retry().is_some_and(|next| next <= at));
+        self.settle(delivery, class);
+    }
+
+    fn settle(&mut self, delivery: Delivery, class: Class) {
+        let seq = delivery.event.seq;
+        let outcome = Outcome::without_answer(class, "a test");
+        let attempt = || Attempt::new(jiff::Timestamp::UNIX_EPOCH, &outcome);
+        let verdict = self.flow.settle(delivery, &outcome, attempt, self.now, 0.5);
+        match (class, verdict) {
+            (Class::Accepted, Verdict::Delivered) => drop(self.accepted.insert(seq)),
+            (Class::Refused | Class::Unsendable, Verdict::Dead) => drop(self.refused.insert(seq)),
+            (Class::Accepted, _) | (_, Verdict::Delivered | Verdict::Dead | Verdict::Gone) => {
+                self.wrong = Some(format!("{class:?} gave {verdict:?}"));
+            }
+            _ => {}
         }
+    }
+
+    fn store(&mut self) {
+        let (frontier, settlements) = self.flow.take_settled();
+        self.left.extend(settlements);
+        let seq = |mark: Arc<Mark>| mark.position().seq;
+        self.stored.cursor = (seq(frontier.position), frontier.target.map(seq), frontier.acked);
+        self.stored.ahead.clear();
+        for Settlement { seq, what, attempts, next, .. } in std::mem::take(&mut self.left) {
+            let rows = &mut self.stored.rows;
+            let before = rows.len();
+            match what {
+                Leave::Park => rows.push((seq, attempts, next)),
+                Leave::Again => {
+                    rows.iter_mut().filter(|row| row.0 == seq).for_each(|row| *row = (seq, attempts, next))
+                }
+                Leave::Bury => drop(self.stored.dead.insert(seq, attempts)),
+                Leave::Die | Leave::Done => rows.retain(|row| row.0 != seq),
+            }
+            if what == Leave::Die {
+                self.stored.dead.insert(seq, attempts);
+            }
+            if matches!(what, Leave::Die | Leave::Done) && before == self.stored.rows.len() {
+                self.wrong = Some(format!("{seq} leaves a row that it has not"));
+            }
+        }
+    }
+
+    fn end(&mut self) {
+        while let Some(delivery) = self.out.pop() {
+            self.settle(delivery, Class::Accepted);
+        }
+        self.store();
+        self.stored.ahead = self.flow.delivered_ahead();
+        self.flow = begin(&self.stored, &self.log, self.now);
     }
 
     fn step(&mut self, act: &Act) {
@@ -135,64 +257,124 @@ impl Model {
             Act::Publish(key) => self.log.push(*key),
             Act::Look => self.head = position(self.log.len() as i64),
             Act::Read(rows) => self.read(*rows),
+            Act::Load => self.load(),
             Act::Send => self.send(),
-            Act::Answer(which, arrived) => self.answer(which, *arrived),
+            Act::Answer(which, class) => self.answer(which, *class),
             Act::Pass(ms) => self.now += Duration::from_millis(*ms),
-            Act::Store => {
-                let Frontier { position, target, acked, .. } = self.flow.frontier();
-                let seq = |mark: Arc<Mark>| mark.position().seq;
-                self.stored = (seq(position), target.map(seq), acked);
+            Act::Store => self.store(),
+            Act::Unload => {
+                if self.flow.may_unload(self.now) {
+                    self.flow.unload().unwrap();
+                }
             }
+            Act::End => self.end(),
             Act::Crash => {
                 self.out.clear();
-                self.flow = flow(self.stored);
+                self.left.clear();
+                self.crashed = true;
+                self.flow = begin(&self.stored, &self.log, self.now);
             }
         }
     }
 
-    /// Everything that the frontier covers has arrived.
-    fn covered_is_arrived(&self) -> bool {
-        let Frontier { position, acked, .. } = self.flow.frontier();
-        let covered = acked.max(position.position().seq);
-        (1..=covered).filter(|seq| seq % 2 == 0).all(|seq| self.arrived.contains(&seq))
+    /// Everything that the stored cursor covers has arrived, is parked, or is dead for a reason.
+    fn check(&self) -> Result<(), String> {
+        if let Some(wrong) = &self.wrong {
+            return Err(wrong.clone());
+        }
+        let (from, _, acked) = self.stored.cursor;
+        for seq in (1..=acked.max(from)).filter(|seq| seq % 2 == 0) {
+            let parked = self.stored.rows.iter().any(|row| row.0 == seq);
+            if !self.accepted.contains(&seq) && !parked && !self.stored.dead.contains_key(&seq) {
+                return Err(format!("the cursor covers {seq}, which is nowhere"));
+            }
+        }
+        for (seq, attempts) in &self.stored.dead {
+            if *attempts < ATTEMPTS && !self.refused.contains(seq) {
+                return Err(format!("{seq} died after {attempts} attempts"));
+            }
+        }
+        Ok(())
     }
 
+    /// From now on the endpoint takes everything.
     fn finish(&mut self) {
         self.head = position(self.log.len() as i64);
-        let quiet = |model: &Self| model.flow.frontier().position.position().seq == model.log.len() as i64;
         for _ in 0..100_000 {
-            if quiet(self) && self.out.is_empty() {
+            self.store();
+            let (from, target, _) = self.stored.cursor;
+            let all_read = from == self.log.len() as i64 && target.is_none();
+            if all_read && self.out.is_empty() && self.stored.rows.is_empty() && self.flow.held() == 0 {
                 break;
             }
             self.read(2);
+            self.load();
             self.send();
             while let Some(delivery) = self.out.pop() {
-                self.flow.delivered(delivery);
+                self.settle(delivery, Class::Accepted);
             }
             self.now += Duration::from_secs(1);
         }
     }
 }
 
+fn begin(stored: &Stored, log: &[Option<u8>], now: Instant) -> Flow {
+    let (from, target, acked) = stored.cursor;
+    let (target, ahead) = (target.map(position), stored.ahead.clone());
+    let cursor = StoredCursor { position: position(from), target, acked, ahead };
+    let parked = |&(seq, attempts, next): &(i64, u32, Option<Instant>)| Parked {
+        key: log[seq as usize - 1].map(|key| key.to_string().into()),
+        seq,
+        bytes: 1,
+        attempts,
+        next_in: next.map(|next| next.saturating_duration_since(now)),
+        blocks: false,
+    };
+    let parked = stored.rows.iter().map(parked).collect();
+    let bounds = ParkingBounds { events: 6, bytes: 1_000 };
+    Flow::new(cursor, parked, [1].into(), &options(), bounds, now).unwrap()
+}
+
+fn assert_order(model: &Model) -> Result<(), TestCaseError> {
+    let mut last = BTreeMap::new();
+    for &seq in &model.arrived {
+        if let Some(key) = model.log[seq as usize - 1] {
+            let before = last.insert(key, seq).unwrap_or(0);
+            prop_assert!(before < seq, "{} arrived before {} of key {}", before, seq, key);
+        }
+    }
+    Ok(())
+}
+
 proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
     #[test]
-    fn every_event_arrives_and_keys_keep_their_order(acts in acts()) {
+    fn every_event_arrives_or_dies_for_a_reason_and_keys_keep_their_order(acts in acts(class())) {
         let mut model = Model::new(Instant::now());
         for act in &acts {
             model.step(act);
-            prop_assert!(model.covered_is_arrived(), "after {:?} the cursor covers what did not arrive", act);
+            model.check().map_err(|wrong| TestCaseError::fail(format!("{wrong}, after {act:?}")))?;
         }
         model.finish();
-        prop_assert!(!model.overtaken);
-        let expected: BTreeSet<i64> = (1..=model.log.len() as i64).filter(|seq| seq % 2 == 0).collect();
-        prop_assert_eq!(model.arrived.iter().copied().collect::<BTreeSet<_>>(), expected);
-        let mut last = BTreeMap::new();
-        for &seq in &model.arrived {
-            if let Some(key) = model.log[seq as usize - 1] {
-                let before = last.insert(key, seq).unwrap_or(0);
-                prop_assert!(before < seq, "{} arrived before {} of key {}", before, seq, key);
-            }
+        model.check().map_err(TestCaseError::fail)?;
+        let all: BTreeSet<i64> = (1..=model.log.len() as i64).filter(|seq| seq % 2 == 0).collect();
+        let dead = model.stored.dead.keys().copied();
+        prop_assert_eq!(model.accepted.iter().copied().chain(dead).collect::<BTreeSet<_>>(), all);
+        prop_assert_eq!((model.flow.held(), model.stored.rows.len()), (0, 0), "what is settled is held no longer");
+        prop_assert!(model.flow.lanes.is_empty());
+        assert_order(&model)?;
+    }
+
+    #[test]
+    fn an_endpoint_that_takes_nothing_parks_and_kills_nothing(acts in acts(Just(Class::Failed))) {
+        let mut model = Model::new(Instant::now());
+        for act in acts.iter().filter(|act| !matches!(act, Act::End)) {
+            model.step(act);
+            prop_assert!(model.stored.rows.is_empty() && model.stored.dead.is_empty(), "after {:?}", act);
         }
-        prop_assert_eq!(model.flow.held(), 0, "what is delivered is held no longer");
+        model.finish();
+        let all: BTreeSet<i64> = (1..=model.log.len() as i64).filter(|seq| seq % 2 == 0).collect();
+        prop_assert_eq!(model.accepted, all);
     }
 }

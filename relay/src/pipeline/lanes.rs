@@ -1,194 +1,436 @@
 // SPDX-License-Identifier: PostgreSQL
-//! Who may go next: the events of one key one after the other, everything else side by side.
+//! Who may go next: the events of one lane one after the other, lanes side by side.
+//!
+//! A lane is a queue: its head, then what is in memory and goes next, then what is parked in dtm.retry, then what was read
+//! from the log since and waits behind that.
 
-use std::collections::{HashMap, VecDeque};
+use std::cmp::{Ordering, Reverse};
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 
-use bytestring::ByteString;
-use dtm_core::options::Ordering;
+use tokio::time::Instant;
 
-/// Events on their way to the sink. `T` is an event.
-///
-/// A key is busy from the moment its event is added until that event is [`finished`](Lanes::finished): also while it waits
-/// to be sent again.
-#[derive(Debug)]
-pub struct Lanes<T> {
-    ordering: Ordering,
-    max_in_flight: usize,
-    in_flight: usize,
-    /// May go out as soon as there is room.
-    ready: VecDeque<T>,
-    /// Busy keys, and what waits behind each.
-    busy: HashMap<ByteString, VecDeque<T>>,
+use super::delivery::{Delivery, LaneName, Place, Row};
+use super::windows::Ticket;
+use crate::source::settlement::Attempt;
+
+/// Rows of one lane that are read at once.
+const ROWS_AT_ONCE: usize = 16;
+
+/// What the head of a lane is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// May go as soon as there is room.
+    Ready,
+    /// On its way; not in the queue.
+    InFlight,
+    /// In memory, not before this time.
+    Resting(Instant),
+    /// In dtm.retry, not before this time.
+    Parked(Instant),
+    /// In dtm.retry, to be read now.
+    Due,
+    /// In dtm.retry, being read.
+    Loading,
+    /// A dead letter: the lane waits until that is redriven or discarded.
+    Blocked,
 }
 
-impl<T> Lanes<T> {
-    /// No events yet.
-    pub fn new(ordering: Ordering, max_in_flight: u32) -> Self {
-        let (ready, busy) = (VecDeque::new(), HashMap::new());
-        Lanes { ordering, max_in_flight: max_in_flight as usize, in_flight: 0, ready, busy }
-    }
+/// What is charged to the head of a lane.
+#[derive(Debug, Default)]
+pub struct Charges {
+    /// Attempts that are its own fault, in all.
+    pub attempts: u32,
+    /// Attempts since the last success of anybody: whose fault they are is not known yet.
+    pub suspected: Vec<Attempt>,
+    /// Attempts that are its own fault and that its row does not have.
+    pub history: Vec<Attempt>,
+}
 
-    /// Adds an event behind all others of its key.
-    pub fn push(&mut self, key: Option<&ByteString>, event: T) {
-        match self.lane(key) {
-            None => self.ready.push_back(event),
-            Some(key) => match self.busy.get_mut(key) {
-                Some(waiting) => waiting.push_back(event),
-                None => {
-                    // A copy: a slice of its page would keep that in memory for as long as the key is busy.
-                    self.busy.insert(ByteString::from(&**key), VecDeque::new());
-                    self.ready.push_back(event);
-                }
-            },
+impl Charges {
+    /// The suspicion was right. All attempts between two successes count as one: the service may have been away for a while.
+    pub fn confirm(&mut self) {
+        if !self.suspected.is_empty() {
+            self.attempts = self.attempts.saturating_add(1);
+            self.history.append(&mut self.suspected);
         }
     }
+}
 
-    /// The next event that may be sent now.
-    pub fn take(&mut self) -> Option<T> {
-        if self.in_flight >= self.max_in_flight {
+/// One lane.
+#[derive(Debug)]
+pub struct Lane {
+    /// See [`Stage`].
+    pub stage: Stage,
+    /// Of the head.
+    pub charges: Charges,
+    /// In memory, the next ones to go.
+    pub front: VecDeque<Delivery>,
+    /// Behind them, in dtm.retry.
+    pub rows: VecDeque<Row>,
+    /// Behind those, read from the log.
+    pub back: VecDeque<Delivery>,
+}
+
+impl Lane {
+    fn new(stage: Stage) -> Self {
+        let (front, rows, back) = (VecDeque::new(), VecDeque::new(), VecDeque::new());
+        Lane { stage, charges: Charges::default(), front, rows, back }
+    }
+
+    /// Whether what is read from the log has to wait for a poisoned event, or for one that is parked.
+    pub fn is_poisoned(&self) -> bool {
+        self.charges.attempts > 0 || !self.rows.is_empty() || self.stage == Stage::Blocked
+    }
+
+    /// Takes an event of the log out of the lane, to be parked: the next one in the lane that is not parked yet, unless it is
+    /// about to go. The row takes its place.
+    pub fn park(&mut self, ticket: Ticket) -> Option<&Row> {
+        if !self.is_poisoned() {
             return None;
         }
-        let event = self.ready.pop_front()?;
-        self.in_flight += 1;
-        Some(event)
-    }
-
-    /// An event that was sent has come to its end: the next one of its key may go.
-    pub fn finished(&mut self, key: Option<&ByteString>) {
-        self.in_flight -= 1;
-        let Some(key) = self.lane(key) else { return };
-        match self.busy.get_mut(key).map(VecDeque::pop_front) {
-            Some(Some(event)) => self.ready.push_back(event),
-            Some(None) => {
-                self.busy.remove(key);
-            }
-            None => {}
+        let place = Place::Log(ticket);
+        if self.back.front().is_some_and(|delivery| delivery.place == place) {
+            let delivery = self.back.pop_front()?;
+            self.rows.push_back(Row {
+                seq: delivery.event.seq,
+                bytes: size(&delivery),
+                attempts: 0,
+                next: None,
+            });
+            return self.rows.back();
         }
+        if !self.rows.is_empty() {
+            return None;
+        }
+        let at = self.front.iter().position(|delivery| delivery.place == place)?;
+        let is_head = at == 0 && self.stage != Stage::InFlight;
+        let (attempts, next) = match (is_head, self.stage) {
+            (false, _) => (0, None),
+            (true, Stage::Resting(until)) => (self.charges.attempts, Some(until)),
+            (true, Stage::Blocked) => (0, None),
+            (true, _) => return None,
+        };
+        let behind = self.front.split_off(at + 1);
+        let delivery = self.front.pop_back()?;
+        self.back = behind;
+        self.rows.push_back(Row { seq: delivery.event.seq, bytes: size(&delivery), attempts, next });
+        if let Some(until) = next {
+            self.stage = Stage::Parked(until);
+        }
+        self.rows.back()
     }
 
-    /// An event that was sent has to be sent again later: others may go, those of its key may not.
-    pub fn set_aside(&mut self) {
-        self.in_flight -= 1;
-    }
-
-    /// An event that was set aside may go again.
-    pub fn again(&mut self, event: T) {
-        self.ready.push_back(event);
-    }
-
-    fn lane<'a>(&self, key: Option<&'a ByteString>) -> Option<&'a ByteString> {
-        key.filter(|_| self.ordering == Ordering::Key)
+    /// Puts the head, which is in memory and has a row, back into its row.
+    pub fn put_back(&mut self, attempts: u32, next: Option<Instant>) -> Option<()> {
+        let head = self.front.pop_front()?;
+        self.rows.push_front(Row { seq: head.event.seq, bytes: size(&head), attempts, next });
+        // What is in memory behind it has a row too, or came from the log when there were no rows.
+        while let Some(last) = self.front.pop_back() {
+            match last.place {
+                Place::Row => {
+                    let row =
+                        Row { seq: last.event.seq, bytes: size(&last), attempts: last.attempts, next: None };
+                    self.rows.insert(1, row);
+                }
+                Place::Log(_) => self.back.push_front(last),
+            }
+        }
+        Some(())
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
+/// How much memory an event stands for, about.
+pub fn size(delivery: &Delivery) -> usize {
+    let event = &delivery.event;
+    let texts = event.topic.len() + event.key.as_ref().map_or(0, |key| key.len());
+    texts
+        + event.headers.as_ref().map_or(0, |h| h.len())
+        + event.payload.as_ref().map_or(0, bytes::Bytes::len)
+}
 
-    use super::*;
+/// A lane that has something to do at a time. The earlier, the greater it is: a heap has its greatest on top.
+#[derive(Debug)]
+struct Timer {
+    at: Reverse<Instant>,
+    number: Reverse<u64>,
+    lane: LaneName,
+}
 
-    type Item = (Option<ByteString>, u32);
-
-    fn push(lanes: &mut Lanes<Item>, key: Option<&str>, n: u32) {
-        let key = key.map(ByteString::from);
-        lanes.push(key.clone().as_ref(), (key, n));
+impl Ord for Timer {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.at, self.number).cmp(&(other.at, other.number))
     }
+}
 
-    fn drain(lanes: &mut Lanes<Item>) -> Vec<u32> {
-        std::iter::from_fn(|| lanes.take().map(|(_, n)| n)).collect()
+impl PartialOrd for Timer {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
+}
 
-    #[test]
-    fn a_key_goes_one_by_one_and_the_rest_side_by_side() {
-        let mut lanes = Lanes::new(Ordering::Key, 10);
-        for (key, n) in [(Some("a"), 1), (Some("a"), 2), (None, 3), (Some("b"), 4), (None, 5)] {
-            push(&mut lanes, key, n);
+impl PartialEq for Timer {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Timer {}
+
+/// All lanes of a pipeline.
+#[derive(Debug, Default)]
+pub struct Lanes {
+    lanes: HashMap<LaneName, Lane>,
+    ready: VecDeque<LaneName>,
+    due: VecDeque<LaneName>,
+    timers: BinaryHeap<Timer>,
+    timers_made: u64,
+}
+
+impl Lanes {
+    /// Adds an event of the log behind all others of its lane.
+    pub fn push(&mut self, delivery: Delivery) {
+        match self.lanes.get_mut(&delivery.lane) {
+            None => {
+                let name = delivery.lane.clone();
+                let mut lane = Lane::new(Stage::Ready);
+                lane.front.push_back(delivery);
+                self.lanes.insert(name.clone(), lane);
+                self.ready.push_back(name);
+            }
+            Some(lane) if lane.rows.is_empty() => lane.front.push_back(delivery),
+            Some(lane) => lane.back.push_back(delivery),
         }
-        assert_eq!(drain(&mut lanes), [1, 3, 4, 5]);
-        lanes.set_aside();
-        assert!(drain(&mut lanes).is_empty(), "what is set aside keeps its key busy");
-        lanes.again((Some("a".into()), 1));
-        assert_eq!(drain(&mut lanes), [1]);
-        lanes.finished(Some(&"a".into()));
-        assert_eq!(drain(&mut lanes), [2]);
-        lanes.finished(Some(&"a".into()));
-        assert!(!lanes.busy.contains_key("a"), "an idle key costs nothing");
     }
 
-    #[test]
-    fn without_order_keys_do_not_matter() {
-        let mut lanes = Lanes::new(Ordering::None, 2);
-        (1..=3).for_each(|n| push(&mut lanes, Some("a"), n));
-        assert_eq!(drain(&mut lanes), [1, 2], "only so many at once");
-        lanes.finished(Some(&"a".into()));
-        assert_eq!(drain(&mut lanes), [3]);
+    /// Adds a parked event behind all others of its lane, before anything of the log is read.
+    pub fn push_row(&mut self, name: LaneName, row: Row) {
+        let next = row.next;
+        let lane = self.lanes.entry(name.clone()).or_insert_with(|| Lane::new(Stage::Loading));
+        lane.rows.push_back(row);
+        if lane.rows.len() == 1 && lane.stage != Stage::Blocked {
+            self.park_until(&name, next);
+        }
     }
 
-    #[derive(Clone, Debug)]
-    enum Act {
-        Push(Option<u8>),
-        Send,
-        End(prop::sample::Index, bool),
-        Again(prop::sample::Index),
+    /// A dead letter stands in the way of all that follows on its lane.
+    pub fn block(&mut self, name: LaneName) {
+        let lane = self.lanes.entry(name).or_insert_with(|| Lane::new(Stage::Blocked));
+        lane.stage = Stage::Blocked;
     }
 
-    fn acts() -> impl Strategy<Value = Vec<Act>> {
-        let index = any::<prop::sample::Index>;
-        let act = prop_oneof![
-            3 => prop::option::of(0..4_u8).prop_map(Act::Push),
-            4 => Just(Act::Send),
-            4 => (index(), any::<bool>()).prop_map(|(i, delivered)| Act::End(i, delivered)),
-            2 => index().prop_map(Act::Again),
-        ];
-        prop::collection::vec(act, 0..400)
+    /// A lane.
+    pub fn get_mut(&mut self, name: &LaneName) -> Option<&mut Lane> {
+        self.lanes.get_mut(name)
     }
 
-    proptest! {
-        #[test]
-        fn no_event_is_lost_and_none_overtakes_on_its_key(acts in acts(), limit in 1..5_u32) {
-            let mut lanes = Lanes::<Item>::new(Ordering::Key, limit);
-            let (mut sent, mut aside, mut delivered) = (Vec::<Item>::new(), Vec::<Item>::new(), Vec::<Item>::new());
-            let mut pushed = 0;
-            for act in acts {
-                match act {
-                    Act::Push(key) => {
-                        pushed += 1;
-                        push(&mut lanes, key.map(|key| key.to_string()).as_deref(), pushed);
-                    }
-                    Act::Send => sent.extend(lanes.take()),
-                    Act::End(which, success) if !sent.is_empty() => {
-                        let item = sent.swap_remove(which.index(sent.len()));
-                        if success {
-                            lanes.finished(item.0.as_ref());
-                            delivered.push(item);
-                        } else {
-                            lanes.set_aside();
-                            aside.push(item);
-                        }
-                    }
-                    Act::Again(which) if !aside.is_empty() => {
-                        lanes.again(aside.swap_remove(which.index(aside.len())));
-                    }
-                    Act::End(..) | Act::Again(_) => {}
+    /// Whether there are none.
+    #[cfg(test)]
+    pub fn is_empty(&self) -> bool {
+        self.lanes.is_empty()
+    }
+
+    /// How many lanes have something in memory that goes next.
+    pub fn waiting(&self) -> usize {
+        let waits = |lane: &&Lane| matches!(lane.stage, Stage::Ready | Stage::InFlight | Stage::Resting(_));
+        self.lanes.values().filter(waits).count()
+    }
+
+    /// Whether anything may go as soon as there is room.
+    pub fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// How many lanes may go as soon as there is room.
+    pub fn ready(&self) -> usize {
+        self.ready.len()
+    }
+
+    /// Whether parked events are to be read.
+    pub fn has_due(&self) -> bool {
+        !self.due.is_empty()
+    }
+
+    /// When the next lane that rests has something to do.
+    pub fn next_timer(&self) -> Option<Instant> {
+        self.timers.peek().map(|timer| timer.at.0)
+    }
+
+    /// Lanes whose rest is over go on.
+    pub fn wake(&mut self, now: Instant) {
+        while self.timers.peek().is_some_and(|timer| timer.at.0 <= now) {
+            let Some(Timer { at: Reverse(at), lane: name, .. }) = self.timers.pop() else { return };
+            // A timer of what the lane no longer waits for says nothing.
+            match self.lanes.get(&name).map(|lane| lane.stage) {
+                Some(Stage::Resting(until)) if until == at => self.make_ready(&name),
+                Some(Stage::Parked(until)) if until == at => self.make_due(&name),
+                _ => {}
+            }
+        }
+    }
+
+    /// Takes the head of the first ready lane that `admits` lets go. Looks at a bounded number of them.
+    pub fn take(&mut self, admits: impl Fn(&LaneName) -> bool) -> Option<Delivery> {
+        const LOOKED_AT_MAX: usize = 64;
+        let at = self.ready.iter().take(LOOKED_AT_MAX).position(admits)?;
+        let name = self.ready.remove(at)?;
+        let lane = self.lanes.get_mut(&name)?;
+        let head = lane.front.pop_front()?;
+        lane.stage = Stage::InFlight;
+        Some(head)
+    }
+
+    /// The head is settled and gone: the next one becomes it.
+    pub fn finish(&mut self, name: &LaneName) {
+        let Some(lane) = self.lanes.get_mut(name) else { return };
+        lane.charges = Charges::default();
+        self.go_on(name);
+    }
+
+    /// The head comes back, and may go again at once, behind all others.
+    pub fn again(&mut self, delivery: Delivery) {
+        let name = delivery.lane.clone();
+        let Some(lane) = self.lanes.get_mut(&name) else { return };
+        lane.front.push_front(delivery);
+        self.make_ready(&name);
+    }
+
+    /// The head comes back, and rests.
+    pub fn rest(&mut self, delivery: Delivery, until: Instant) {
+        let name = delivery.lane.clone();
+        let Some(lane) = self.lanes.get_mut(&name) else { return };
+        lane.front.push_front(delivery);
+        lane.stage = Stage::Resting(until);
+        self.set_timer(&name, until);
+    }
+
+    /// The head that rests may go at once.
+    pub fn make_ready(&mut self, name: &LaneName) {
+        if let Some(lane) = self.lanes.get_mut(name) {
+            lane.stage = Stage::Ready;
+            self.ready.push_back(name.clone());
+        }
+    }
+
+    /// The head is in its row, until a time or until there is room to read it.
+    pub fn park_until(&mut self, name: &LaneName, next: Option<Instant>) {
+        let Some(next) = next else { return self.make_due(name) };
+        if let Some(lane) = self.lanes.get_mut(name) {
+            lane.stage = Stage::Parked(next);
+            self.set_timer(name, next);
+        }
+    }
+
+    /// Parked events to be read now: lanes that are due, and the rows that come first in each, up to so many bytes but one
+    /// row at least.
+    pub fn load(&mut self, lanes_max: usize, bytes_max: usize) -> Vec<i64> {
+        let (mut seqs, mut bytes) = (Vec::new(), 0);
+        for _ in 0..lanes_max {
+            if bytes >= bytes_max {
+                break;
+            }
+            let Some(name) = self.due.pop_front() else { break };
+            let Some(lane) = self.lanes.get_mut(&name).filter(|lane| lane.stage == Stage::Due) else {
+                continue;
+            };
+            lane.stage = Stage::Loading;
+            for row in lane.rows.iter().take(ROWS_AT_ONCE) {
+                if bytes >= bytes_max {
+                    break;
                 }
-                prop_assert!(sent.len() <= limit as usize);
-                let mut keys: Vec<_> = sent.iter().chain(&aside).filter_map(|(key, _)| key.as_ref()).collect();
-                keys.sort();
-                prop_assert!(keys.windows(2).all(|pair| pair[0] != pair[1]), "two of one key are under way");
-            }
-            aside.into_iter().for_each(|item| lanes.again(item));
-            loop {
-                sent.extend(lanes.take());
-                let Some(item) = sent.pop() else { break };
-                lanes.finished(item.0.as_ref());
-                delivered.push(item);
-            }
-            prop_assert_eq!(delivered.len(), pushed as usize);
-            prop_assert!(lanes.busy.is_empty());
-            for key in 0..4_u8 {
-                let of_key = delivered.iter().filter(|(k, _)| k.as_deref() == Some(&key.to_string()));
-                prop_assert!(of_key.is_sorted_by_key(|(_, n)| n), "key {} out of order", key);
+                seqs.push(row.seq);
+                bytes += row.bytes;
             }
         }
+        seqs
+    }
+
+    /// The rows that were asked for have been read; those that were not found are gone: somebody has discarded them. Answers
+    /// how many those are, and how many bytes.
+    pub fn loaded(&mut self, asked: &[i64], found: Vec<Delivery>) -> (usize, usize) {
+        let mut found: HashMap<i64, Delivery> = found.into_iter().map(|d| (d.event.seq, d)).collect();
+        let (mut gone, mut bytes) = (0, 0);
+        let loading = self.lanes.iter().filter(|(_, lane)| lane.stage == Stage::Loading);
+        let names: Vec<LaneName> = loading.map(|(name, _)| name.clone()).collect();
+        let asked: std::collections::HashSet<i64> = asked.iter().copied().collect();
+        for name in names {
+            let Some(lane) = self.lanes.get_mut(&name) else { continue };
+            while let Some(row) = lane.rows.pop_front_if(|row| asked.contains(&row.seq)) {
+                match found.remove(&row.seq) {
+                    Some(delivery) => {
+                        lane.front.push_back(Delivery { attempts: row.attempts, ..delivery });
+                    }
+                    None => (gone, bytes) = (gone + 1, bytes + row.bytes),
+                }
+            }
+            if lane.rows.is_empty() {
+                lane.front.append(&mut lane.back);
+            }
+            self.go_on(&name);
+        }
+        (gone, bytes)
+    }
+
+    /// The rows that were asked for could not be read: they are due still.
+    pub fn not_loaded(&mut self) {
+        let loading = self.lanes.iter().filter(|(_, lane)| lane.stage == Stage::Loading);
+        let names: Vec<LaneName> = loading.map(|(name, _)| name.clone()).collect();
+        names.iter().for_each(|name| self.make_due(name));
+    }
+
+    /// Forgets what was read from the log. What has a row is read again from there. Nothing may be in flight.
+    pub fn unload(&mut self) {
+        self.ready.clear();
+        self.due.clear();
+        self.timers.clear();
+        self.lanes.retain(|_, lane| {
+            lane.back.clear();
+            lane.front.retain(|delivery| delivery.place == Place::Row);
+            let next = match lane.stage {
+                Stage::Resting(at) | Stage::Parked(at) => Some(at),
+                _ => None,
+            };
+            let attempts = lane.charges.attempts.max(lane.front.front().map_or(0, |head| head.attempts));
+            lane.put_back(attempts, next);
+            lane.charges = Charges::default();
+            !lane.rows.is_empty() || lane.stage == Stage::Blocked
+        });
+        let heads: Vec<(LaneName, Option<Instant>)> = self
+            .lanes
+            .iter()
+            .filter(|(_, lane)| lane.stage != Stage::Blocked)
+            .map(|(name, lane)| (name.clone(), lane.rows.front().and_then(|row| row.next)))
+            .collect();
+        for (name, next) in heads {
+            self.park_until(&name, next);
+        }
+    }
+
+    /// The next event of a lane whose head is gone.
+    fn go_on(&mut self, name: &LaneName) {
+        let Some(lane) = self.lanes.get_mut(name) else { return };
+        if let Some(head) = lane.front.front() {
+            lane.charges.attempts = head.attempts;
+            self.make_ready(name);
+        } else if let Some(row) = lane.rows.front() {
+            let next = row.next;
+            self.park_until(name, next);
+        } else if lane.back.is_empty() {
+            self.lanes.remove(name);
+        } else {
+            lane.front = std::mem::take(&mut lane.back);
+            self.make_ready(name);
+        }
+    }
+
+    fn make_due(&mut self, name: &LaneName) {
+        if let Some(lane) = self.lanes.get_mut(name) {
+            lane.stage = Stage::Due;
+            self.due.push_back(name.clone());
+        }
+    }
+
+    fn set_timer(&mut self, name: &LaneName, at: Instant) {
+        self.timers_made += 1;
+        self.timers.push(Timer { at: Reverse(at), number: Reverse(self.timers_made), lane: name.clone() });
     }
 }

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: PostgreSQL
-//! From window to acknowledgement: one pipeline for each subscription that this relay owns.
+//! From window to settlement: one pipeline for each subscription, or shard of one, that this relay owns.
 //!
 //! An event's way: [`reader`] says which piece of the log comes next, [`budget`] makes room for it, [`lanes`] says when
-//! its key is free, [`run`] sends it, [`retry`] says when a failed one goes out again, [`windows`] says how far everything
-//! is acknowledged. [`flow`] holds them together. All but `run` do no I/O and take time and randomness as arguments.
+//! its key is free, [`run`] sends it. What fails goes again, is parked behind its key, or becomes a dead letter: [`flow`] decides,
+//! and [`delivery`] says what is stored of it. [`windows`] says how far everything is settled. All but `run` do no I/O and take
+//! time and randomness as arguments.
 
 pub mod budget;
+pub mod delivery;
 pub mod flow;
 pub mod lanes;
 pub mod reader;
-pub mod retry;
 pub mod run;
 pub mod windows;

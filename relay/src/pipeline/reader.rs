@@ -5,14 +5,30 @@ use std::sync::Arc;
 
 use dtm_core::position::Position;
 
-use super::windows::Progress;
+use super::delivery::LaneName;
+use super::windows::{Ahead, Progress};
 use crate::source::mark::Mark;
 use crate::source::pages::StoredCursor;
+use crate::source::settlement::Settlement;
 
 /// What a subscription that was restored or adopted can meet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("its cursor lies in era {0}, which the database does not know")]
 pub struct UnknownEra(i32);
+
+/// The progress that a reader tells of its windows.
+type FlowProgress = Progress<Arc<Mark>, LaneName, Settlement>;
+
+/// A piece of a window.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    /// Where the window begins.
+    pub from: Arc<Mark>,
+    /// Where it ends.
+    pub to: Arc<Mark>,
+    /// The piece begins after this sequence number.
+    pub after: i64,
+}
 
 /// A window that is being read.
 struct Open {
@@ -29,8 +45,13 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Goes on from a cursor. `eras`: all that the log has, oldest first, the last is the current one.
-    pub fn new(cursor: StoredCursor, eras: Arc<[i32]>) -> Result<(Self, Progress<Arc<Mark>>), UnknownEra> {
+    /// Goes on from a cursor; what lies `ahead` of it counts as settled. `eras`: all that the log has, oldest first, the last
+    /// is the current one.
+    pub fn new(
+        cursor: StoredCursor,
+        ahead: Ahead<Settlement>,
+        eras: Arc<[i32]>,
+    ) -> Result<(Self, FlowProgress), UnknownEra> {
         let mut reader = Reader { position: cursor.position, open: None, eras };
         let era = reader.position.era();
         if !reader.eras.contains(&era) {
@@ -39,7 +60,7 @@ impl Reader {
         if reader.position.position().is_end_of_era() {
             reader.position = reader.era_after(era).ok_or(UnknownEra(era))?;
         }
-        let mut progress = Progress::new(reader.position.clone());
+        let mut progress = Progress::new(reader.position.clone(), ahead);
         if let Some(to) = cursor.target {
             let leads_to = if to.position().is_end_of_era() { reader.era_after(era) } else { None };
             progress.resume(to.clone(), leads_to.clone(), cursor.acked);
@@ -48,18 +69,27 @@ impl Reader {
         Ok((reader, progress))
     }
 
-    /// The piece to read next, as the window's two ends and where in it to begin; `None`: nothing before the head moves.
-    pub fn next(
-        &mut self,
-        head: Option<&Arc<Mark>>,
-        progress: &mut Progress<Arc<Mark>>,
-    ) -> Option<(Arc<Mark>, Arc<Mark>, i64)> {
+    /// The piece to read next; `None`: nothing before the head moves.
+    pub fn next(&mut self, head: Option<&Arc<Mark>>, progress: &mut FlowProgress) -> Option<Piece> {
         if self.open.is_none() {
             let (to, leads_to) = self.window(head)?;
             progress.open(to.clone(), leads_to.clone());
             self.open = Some(Open { to, leads_to, after: 0 });
         }
-        self.open.as_ref().map(|open| (self.position.clone(), open.to.clone(), open.after))
+        let from = &self.position;
+        self.open.as_ref().map(|open| Piece { from: from.clone(), to: open.to.clone(), after: open.after })
+    }
+
+    /// Where it stands, if it is between two windows of the current era.
+    pub fn stands_at(&self) -> Option<&Arc<Mark>> {
+        let between = self.open.is_none() && self.era_after(self.position.era()).is_none();
+        between.then_some(&self.position)
+    }
+
+    /// Opens the window up to a position that somebody else has read.
+    pub fn open(&mut self, to: Arc<Mark>, progress: &mut FlowProgress) {
+        progress.open(to.clone(), None);
+        self.open = Some(Open { to, leads_to: None, after: 0 });
     }
 
     /// A piece was read: up to this sequence number, or to the window's end.
@@ -94,7 +124,7 @@ impl Reader {
 /// Whether `head` was read after `position`: it sees everything that `position` sees, and is not the same. The head that the
 /// relay holds can be older than a cursor: a subscription made since, or taken over from another relay. Reading on from
 /// such a head would deliver again what lies between.
-fn is_past(head: &Position, position: &Position) -> bool {
+pub fn is_past(head: &Position, position: &Position) -> bool {
     let (later, earlier) = (&head.snapshot, &position.snapshot);
     head.era == position.era
         && head != position

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: PostgreSQL
-//! The task of one pipeline: reads pages, sends events, leaves cursors to be stored.
+//! The task of one pipeline: reads pages, sends events, leaves what is settled to be stored.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use dtm_core::options::Options;
-use dtm_core::page::Page;
+use dtm_core::page::{Event, Page};
 use futures_util::future::{BoxFuture, FutureExt as _, OptionFuture};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::watch;
@@ -13,21 +13,30 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::budget::{Room, Share};
-use super::flow::{Delivery, Flow};
+use super::delivery::Delivery;
+use super::flow::{Flow, ParkingBounds, Verdict};
 use super::windows::Frontier;
-use crate::sink::Failure;
+use crate::calls::outcome::Outcome;
 use crate::sink::http::HttpSink;
 use crate::source::cursors::{Cursor, Cursors, Owner};
 use crate::source::error::SourceError;
 use crate::source::head::Head;
 use crate::source::mark::Mark;
 use crate::source::pages::{PageRequest, Pages, Wanted};
+use crate::source::settlement::{Attempt, Leave, Settlement};
+use crate::source::tail::Tail;
 
-/// After a page that could not be read.
+/// After something that could not be read.
 const READ_AGAIN: Duration = Duration::from_secs(5);
+
+/// Before a subscription that somebody else has locked is disabled.
+const DISABLE_AGAIN: Duration = Duration::from_secs(1);
 
 /// How often it is told that a subscription cannot be delivered.
 pub const TELL_EVERY: Duration = Duration::from_secs(60);
+
+/// A pipeline whose endpoint is down may hold so much of the log; more is forgotten and read again.
+const HELD_WHILE_DOWN: usize = 64 * 1024;
 
 /// The bounds of a pipeline.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +47,8 @@ pub struct Bounds {
     pub page_events: usize,
     /// Bytes of a page, about.
     pub page_bytes: usize,
+    /// What may be parked.
+    pub parking: ParkingBounds,
     /// How long it waits for requests in flight when it stops.
     pub drain: Duration,
 }
@@ -56,9 +67,11 @@ pub struct Pipeline {
     pub sink: Arc<HttpSink>,
     /// Where pages come from.
     pub pages: Arc<Pages>,
+    /// Where they come from at the end of the log.
+    pub tail: Arc<Tail>,
     /// The newest head.
     pub heads: watch::Receiver<Head>,
-    /// Where cursors are left.
+    /// Where what is settled is left.
     pub cursors: Arc<Cursors>,
     /// Until when it may send.
     pub valid_until: watch::Receiver<Instant>,
@@ -72,29 +85,41 @@ pub struct Pipeline {
     pub drain: CancellationToken,
 }
 
-type PageRead = Result<(Page, usize), SourceError>;
-
-/// A page that is being read, and the room for it.
-struct Reading {
-    page: BoxFuture<'static, PageRead>,
+/// Something that is being read, and the room for it.
+struct Reading<T> {
+    read: BoxFuture<'static, Result<(T, usize), SourceError>>,
     room: Room,
+}
+
+/// What is being read.
+#[derive(Default)]
+struct Reads {
+    page: Option<Reading<Page>>,
+    /// Parked events, and which were asked for.
+    parked: Option<(Reading<Vec<Event>>, Vec<i64>)>,
+    /// Not before this time.
+    not_before: Option<Instant>,
+    /// There is nothing to read before the head moves.
+    at_head: bool,
 }
 
 impl Pipeline {
     /// Delivers until it is asked to stop or is fenced. What keeps it from delivering is told again and again, for as long
     /// as it is so. An error is one of the database connection.
     pub async fn run(self) -> Result<(), SourceError> {
-        let Owner { subscription, shard, epoch, .. } = self.owner;
         loop {
-            let again_at = match self.pages.cursor(subscription, shard, epoch).await {
-                Ok(Some(cursor)) => match Flow::new(cursor, self.eras.clone(), &self.options) {
-                    Ok(flow) => return self.work(flow).await,
-                    Err(error) => {
-                        let hint = "dtm.rewind gives it a cursor that the database knows";
-                        tracing::error!(subscription = self.name, hint, "it is not delivered: {error}");
-                        Instant::now() + TELL_EVERY
+            let again_at = match self.pages.resume(self.wanted.unit, self.owner.epoch).await {
+                Ok(Some((cursor, parked))) => {
+                    let (eras, parking) = (self.eras.clone(), self.bounds.parking);
+                    match Flow::new(cursor, parked, eras, &self.options, parking, Instant::now()) {
+                        Ok(flow) => return self.work(flow).await,
+                        Err(error) => {
+                            let hint = "dtm.rewind gives it a cursor that the database knows";
+                            tracing::error!(subscription = self.name, hint, "it is not delivered: {error}");
+                            Instant::now() + TELL_EVERY
+                        }
                     }
-                },
+                }
                 Ok(None) => {
                     let hint = "dtm.rewind sets one: to 'now', to 'earliest', or to a time";
                     tracing::error!(subscription = self.name, hint, "it has no cursor and is not delivered");
@@ -111,17 +136,15 @@ impl Pipeline {
 
     async fn work(mut self, mut flow: Flow) -> Result<(), SourceError> {
         let mut in_flight = FuturesUnordered::new();
-        let mut reading: Option<Reading> = None;
-        let mut read_at = Instant::now();
+        let mut reads = Reads::default();
         let mut report = Report::default();
         let mut stop_at: Option<Instant> = None;
         loop {
-            let mut waits_for_head = false;
+            // Before anything parked is read: its row has to be on its way.
+            self.leave(&mut flow, &mut report, Vec::new());
             let valid_until = *self.valid_until.borrow_and_update();
             if stop_at.is_none() {
-                if reading.is_none() && Instant::now() >= read_at {
-                    reading = self.next_page(&mut flow, &mut waits_for_head);
-                }
+                self.read_on(&mut flow, &mut reads)?;
                 while Instant::now() < valid_until {
                     let Some(delivery) = flow.next(Instant::now()) else { break };
                     in_flight.push(attempt(self.sink.clone(), delivery));
@@ -129,32 +152,50 @@ impl Pipeline {
             } else if in_flight.is_empty() {
                 break;
             }
-            self.leave_cursor(&flow, &mut report);
+            self.leave(&mut flow, &mut report, Vec::new());
             let now = Instant::now();
             let without_lease = now >= valid_until;
             let timer = match stop_at {
                 Some(stop_at) => Some(stop_at),
                 None => {
-                    let retry = flow.next_retry().filter(|_| !without_lease);
-                    retry.into_iter().chain((read_at > now).then_some(read_at)).min()
+                    let due = flow.next_timer(now).filter(|_| !without_lease);
+                    due.into_iter().chain(reads.not_before.filter(|at| *at > now)).min()
                 }
             };
             tokio::select! {
                 Some(answer) = in_flight.next(), if !in_flight.is_empty() => {
-                    self.settle(&mut flow, answer);
+                    let mut answers = vec![answer];
                     while let Some(Some(answer)) = in_flight.next().now_or_never() {
-                        self.settle(&mut flow, answer);
+                        answers.push(answer);
+                    }
+                    for (delivery, outcome) in answers {
+                        if self.settle(&mut flow, delivery, &outcome) == Verdict::Gone {
+                            return self.disable(&mut flow, &mut report).await;
+                        }
                     }
                 }
-                Some(page) = OptionFuture::from(reading.as_mut().map(|reading| &mut reading.page)) => {
-                    let room = reading.take().map(|reading| reading.room);
-                    match (page, room) {
-                        (Ok((page, bytes)), Some(room)) => flow.read(page, &self.share.hold(room, bytes)),
+                Some(read) = OptionFuture::from(reads.page.as_mut().map(|reading| &mut reading.read)) => {
+                    match (read, reads.page.take()) {
+                        (Ok((page, bytes)), Some(reading)) => {
+                            flow.read(page, &self.share.hold(reading.room, bytes));
+                        }
                         (Ok(_), None) => {}
-                        (Err(error), _) => read_at = self.unreadable(error)?,
+                        (Err(error), _) => reads.not_before = Some(self.unreadable(error)?),
                     }
                 }
-                changed = self.heads.changed(), if waits_for_head => changed.map_err(|_| session_over())?,
+                Some(read) = OptionFuture::from(reads.parked.as_mut().map(|(reading, _)| &mut reading.read)) => {
+                    match (read, reads.parked.take()) {
+                        (Ok((events, bytes)), Some((reading, asked))) => {
+                            flow.loaded(&asked, events, &self.share.hold(reading.room, bytes));
+                        }
+                        (Ok(_), None) => {}
+                        (Err(error), _) => {
+                            reads.not_before = Some(self.unreadable(error)?);
+                            flow.not_loaded();
+                        }
+                    }
+                }
+                changed = self.heads.changed(), if reads.at_head => changed.map_err(|_| session_over())?,
                 changed = self.valid_until.changed(), if without_lease => changed.map_err(|_| session_over())?,
                 () = until(timer), if timer.is_some() => {
                     if stop_at.is_some() {
@@ -163,7 +204,7 @@ impl Pipeline {
                     }
                 }
                 () = self.drain.cancelled(), if stop_at.is_none() => {
-                    reading = None;
+                    reads = Reads::default();
                     stop_at = Some(Instant::now() + self.bounds.drain);
                 }
                 () = self.owner.fenced.cancelled() => {
@@ -172,71 +213,152 @@ impl Pipeline {
                 }
             }
         }
-        self.leave_cursor(&flow, &mut report);
+        let ahead = flow.delivered_ahead();
+        self.leave(&mut flow, &mut report, ahead);
         self.cursors.barrier().await;
         Ok(())
     }
 
-    /// Begins to read the next page, if there is room for it and something to read.
-    fn next_page(&mut self, flow: &mut Flow, waits_for_head: &mut bool) -> Option<Reading> {
-        let free = self.bounds.events.saturating_sub(flow.held());
-        if free == 0 {
-            return None;
+    /// Begins to read what comes next, if there is room for it and something to read.
+    fn read_on(&mut self, flow: &mut Flow, reads: &mut Reads) -> Result<(), SourceError> {
+        let now = Instant::now();
+        let small = self.share.held() <= HELD_WHILE_DOWN;
+        if reads.page.is_none() && reads.parked.is_none() && !small && flow.may_unload(now) {
+            // The cursor is that of the same pipeline, whose era is known.
+            flow.unload().map_err(|error| SourceError::Unreachable(error.to_string()))?;
+            reads.not_before = flow.next_probe();
         }
-        let head = self.heads.borrow_and_update().clone();
-        let Some((from, to, after)) = flow.piece(head.as_ref()) else {
-            *waits_for_head = true;
-            return None;
-        };
-        let room = self.share.room(self.bounds.page_bytes)?;
-        let max_rows = i32::try_from(free.min(self.bounds.page_events)).unwrap_or(i32::MAX);
-        let max_bytes = i32::try_from(room.bytes()).unwrap_or(i32::MAX);
-        let request = PageRequest { from, to, after, max_rows, max_bytes };
-        let (pages, wanted) = (self.pages.clone(), self.wanted.clone());
-        Some(Reading { page: async move { pages.read(&request, &wanted).await }.boxed(), room })
+        if reads.not_before.is_some_and(|at| at > now) {
+            return Ok(());
+        }
+        reads.not_before = None;
+        if reads.parked.is_none()
+            && flow.has_due(now)
+            && let Some(room) = self.share.room(self.bounds.page_bytes)
+        {
+            let asked = flow.load(room.bytes(), now);
+            if !asked.is_empty() {
+                let (pages, unit, seqs) = (self.pages.clone(), self.wanted.unit, asked.clone());
+                let cursors = self.cursors.clone();
+                let read = async move {
+                    // A row that is not there counts as discarded: it must not be one that is not there yet.
+                    cursors.barrier().await;
+                    pages.parked_events(unit, &seqs).await
+                }
+                .boxed();
+                reads.parked = Some((Reading { read, room }, asked));
+            }
+        }
+        if reads.page.is_none() && flow.wants_page(small, now) {
+            reads.page = self.next_page(flow, &mut reads.at_head);
+        }
+        Ok(())
+    }
+
+    fn next_page(&mut self, flow: &mut Flow, at_head: &mut bool) -> Option<Reading<Page>> {
+        *at_head = false;
+        let unit = self.wanted.unit;
+        loop {
+            let free = self.bounds.events.saturating_sub(flow.held());
+            if free == 0 {
+                return None;
+            }
+            let room = self.share.room(self.bounds.page_bytes)?;
+            let shared = flow.stands_at().and_then(|position| self.tail.after(position, unit));
+            if let Some(shared) = shared {
+                let held = self.share.hold(room, shared.bytes);
+                flow.read_window(shared.to, shared.events, &held);
+                continue;
+            }
+            let head = self.heads.borrow_and_update().clone();
+            let Some(piece) = flow.piece(head.as_ref()) else {
+                *at_head = true;
+                self.tail.waits(unit);
+                return None;
+            };
+            let max_rows = i32::try_from(free.min(self.bounds.page_events)).unwrap_or(i32::MAX);
+            let max_bytes = i32::try_from(room.bytes()).unwrap_or(i32::MAX);
+            let (from, to, after) = (piece.from, piece.to, piece.after);
+            let request = PageRequest { from, to, after, max_rows, max_bytes };
+            let (pages, wanted) = (self.pages.clone(), self.wanted.clone());
+            return Some(Reading { read: async move { pages.read(&request, &wanted).await }.boxed(), room });
+        }
     }
 
     fn unreadable(&self, error: SourceError) -> Result<Instant, SourceError> {
         if !error.spares_connection() {
             return Err(error);
         }
-        tracing::error!(
-            subscription = self.name,
-            hint = error.hint(),
-            "{error}; next try in {} s",
-            READ_AGAIN.as_secs()
-        );
+        let seconds = READ_AGAIN.as_secs();
+        tracing::error!(subscription = self.name, hint = error.hint(), "{error}; next try in {seconds} s");
         Ok(Instant::now() + READ_AGAIN)
     }
 
-    fn settle(&self, flow: &mut Flow, (delivery, outcome): (Delivery, Result<(), Failure>)) {
-        let Err(failure) = outcome else { return flow.delivered(delivery) };
+    fn settle(&self, flow: &mut Flow, delivery: Delivery, outcome: &Outcome) -> Verdict {
         let (id, topic) = (delivery.event.id, delivery.event.topic.clone());
-        let attempt = delivery.failed_attempts + 1;
-        let now = Instant::now();
-        let next = flow.failed(delivery, now, rand::random());
-        tracing::warn!(
-            subscription = self.name,
-            %id,
-            topic = &*topic,
-            attempt,
-            failure = %failure.kind,
-            next_retry_s = (next - now).as_secs_f64(),
-            "not delivered: {}",
-            failure.detail
-        );
+        let (now, attempt) = (Instant::now(), || Attempt::new(jiff::Timestamp::now(), outcome));
+        let verdict = flow.settle(delivery, outcome, attempt, now, rand::random());
+        let (name, topic) = (self.name.as_str(), &*topic);
+        match verdict {
+            Verdict::Delivered => {}
+            Verdict::Again(at) => {
+                let next_retry_s = (at - now).as_secs_f64();
+                tracing::warn!(subscription = name, %id, topic, next_retry_s, "not delivered: {outcome}");
+            }
+            Verdict::Waits => {
+                tracing::debug!(subscription = name, %id, topic, "not delivered, the endpoint is to blame: {outcome}");
+            }
+            Verdict::Down => {
+                tracing::error!(
+                    subscription = name,
+                    "the endpoint is down, and is tried again until it works: {outcome}"
+                );
+            }
+            Verdict::Dead => tracing::warn!(subscription = name, %id, topic, "not delivered: {outcome}"),
+            Verdict::Gone => {
+                tracing::error!(
+                    subscription = name,
+                    "the endpoint is gone for good, the subscription is disabled: {outcome}"
+                );
+            }
+        }
+        verdict
     }
 
-    fn leave_cursor(&self, flow: &Flow, report: &mut Report) {
-        let frontier = flow.frontier();
-        if report.is(&frontier) {
+    /// The endpoint says that it is gone: what is settled is stored, and nothing more is sent.
+    async fn disable(&mut self, flow: &mut Flow, report: &mut Report) -> Result<(), SourceError> {
+        let ahead = flow.delivered_ahead();
+        self.leave(flow, report, ahead);
+        self.cursors.barrier().await;
+        // Not while somebody else changes the subscription; if that was it, the relay is told with the next heartbeat.
+        while !self.pages.disable(&self.owner, "the endpoint answered 410 Gone").await? {
+            tokio::select! {
+                () = tokio::time::sleep(DISABLE_AGAIN) => {}
+                () = self.drain.cancelled() => break,
+            }
+        }
+        Ok(())
+    }
+
+    fn leave(&self, flow: &mut Flow, report: &mut Report, ahead: Vec<i64>) {
+        let (frontier, settlements) = flow.take_settled();
+        if report.is(&frontier) && settlements.is_empty() && ahead.is_empty() {
             return;
         }
-        let delivered = report.0.as_ref().is_some_and(|before| frontier.covered > before.covered);
+        let is_dead = |settlement: &&Settlement| matches!(settlement.what, Leave::Bury | Leave::Die);
+        for Settlement { seq, attempts, .. } in settlements.iter().filter(is_dead) {
+            tracing::error!(subscription = self.name, seq, attempts, "an event is a dead letter");
+        }
+        let delivered = report.0.as_ref().is_some_and(|before| frontier.covered != before.covered);
         // The first one is where the pipeline began: it is stored already.
-        if report.0.is_some() {
+        if report.0.is_some() || !settlements.is_empty() || !ahead.is_empty() {
             let Frontier { position, target, acked, .. } = frontier.clone();
-            self.cursors.moved(&self.owner, Cursor { position, target, acked }, delivered);
+            self.cursors.moved(
+                &self.owner,
+                Cursor { position, target, acked, ahead },
+                settlements,
+                delivered,
+            );
         }
         report.0 = Some(frontier);
     }
@@ -255,7 +377,7 @@ impl Report {
     }
 }
 
-async fn attempt(sink: Arc<HttpSink>, delivery: Delivery) -> (Delivery, Result<(), Failure>) {
+async fn attempt(sink: Arc<HttpSink>, delivery: Delivery) -> (Delivery, Outcome) {
     let outcome = sink.send(&delivery.event).await;
     (delivery, outcome)
 }

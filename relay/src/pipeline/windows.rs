@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: PostgreSQL
-//! How far a subscription is delivered: several windows on their way, acknowledged in any order, covered in order.
+//! How far a subscription has come: several windows on their way, settled in any order, covered in order.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
-/// What stands for an event until it is acknowledged.
+/// What stands for an event until it is settled.
 pub type Ticket = u64;
 
-/// How far everything is acknowledged: this is what may be stored.
+/// How far everything is settled: this is what may be stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frontier<M> {
-    /// Everything before it is acknowledged.
+    /// Everything before it is settled.
     pub position: M,
-    /// The end of the window that is acknowledged in part.
+    /// The end of the window that is settled in part.
     pub target: Option<M>,
-    /// Up to this sequence number that window is acknowledged.
+    /// Up to this sequence number that window is settled.
     pub acked: i64,
     /// How many events have been covered so far: to tell a move that covers events from one that does not.
     pub covered: u64,
@@ -31,30 +31,51 @@ struct Window<M> {
     end: Option<Ticket>,
 }
 
-/// A place in the order: an event, or (acknowledged from the start) a stretch of the log in which nothing matched.
-#[derive(Debug)]
-struct Slot {
-    seq: i64,
-    acked: bool,
-    event: bool,
+/// What has become of an event.
+#[derive(Clone, Debug)]
+enum Standing<S> {
+    Waits,
+    Delivered,
+    /// It leaves the log's order in another way: that is stored together with the cursor that covers it.
+    Leaves(S),
 }
 
-/// The progress of a subscription. `M` is a position.
+/// A place in the order: an event, or (settled from the start) a stretch of the log in which nothing matched.
 #[derive(Debug)]
-pub struct Progress<M> {
+struct Slot<T, S> {
+    seq: i64,
+    tag: Option<T>,
+    standing: Standing<S>,
+}
+
+/// Events beyond the frontier that are settled already, by sequence number.
+#[derive(Debug)]
+pub struct Ahead<S>(HashMap<i64, Standing<S>>);
+
+impl<S> Ahead<S> {
+    /// Those that were delivered.
+    pub fn delivered(seqs: impl IntoIterator<Item = i64>) -> Self {
+        Ahead(seqs.into_iter().map(|seq| (seq, Standing::Delivered)).collect())
+    }
+}
+
+/// The progress of a subscription. `M` is a position, `T` what an event is tagged with, `S` a way to leave.
+#[derive(Debug)]
+pub struct Progress<M, T, S> {
     position: M,
     /// In the first window.
     acked: i64,
     windows: VecDeque<Window<M>>,
-    slots: VecDeque<Slot>,
+    slots: VecDeque<Slot<T, S>>,
     /// The ticket of the first slot.
     first: Ticket,
     covered: u64,
+    ahead: HashMap<i64, Standing<S>>,
 }
 
-impl<M: Clone> Progress<M> {
-    /// Progress from a position on.
-    pub fn new(position: M) -> Self {
+impl<M: Clone, T, S: Clone> Progress<M, T, S> {
+    /// Progress from a position on. What lies `ahead` counts as settled when it is read.
+    pub fn new(position: M, ahead: Ahead<S>) -> Self {
         Progress {
             position,
             acked: 0,
@@ -62,10 +83,11 @@ impl<M: Clone> Progress<M> {
             slots: VecDeque::new(),
             first: 0,
             covered: 0,
+            ahead: ahead.0,
         }
     }
 
-    /// Goes on in the middle of a window of which everything up to `acked` is acknowledged.
+    /// Goes on in the middle of a window of which everything up to `acked` is settled.
     pub fn resume(&mut self, to: M, leads_to: Option<M>, acked: i64) {
         self.open(to, leads_to);
         self.acked = acked;
@@ -86,10 +108,12 @@ impl<M: Clone> Progress<M> {
         self.windows.push_back(window);
     }
 
-    /// Adds an event of the last window.
-    pub fn push(&mut self, seq: i64) -> Ticket {
-        self.slots.push_back(Slot { seq, acked: false, event: true });
-        self.next_ticket() - 1
+    /// Adds an event of the last window; no ticket if it is settled already.
+    pub fn push(&mut self, seq: i64, tag: T) -> Option<Ticket> {
+        let standing = self.ahead.remove(&seq).unwrap_or(Standing::Waits);
+        let waits = matches!(standing, Standing::Waits);
+        self.slots.push_back(Slot { seq, tag: Some(tag), standing });
+        waits.then(|| self.next_ticket() - 1)
     }
 
     /// The last window was read up to a sequence number, or to its end.
@@ -100,20 +124,55 @@ impl<M: Clone> Progress<M> {
             window.end = Some(next);
         } else {
             match self.slots.back_mut() {
-                Some(slot) if !slot.event && next > window.start => slot.seq = seq,
-                _ => self.slots.push_back(Slot { seq, acked: true, event: false }),
+                Some(slot) if slot.tag.is_none() && next > window.start => slot.seq = seq,
+                _ => self.slots.push_back(Slot { seq, tag: None, standing: Standing::Delivered }),
             }
         }
-        self.advance();
     }
 
     /// An event is delivered.
     pub fn ack(&mut self, ticket: Ticket) {
+        self.stand(ticket, Standing::Delivered);
+    }
+
+    /// An event leaves in another way.
+    pub fn leave(&mut self, ticket: Ticket, how: S) {
+        self.stand(ticket, Standing::Leaves(how));
+    }
+
+    fn stand(&mut self, ticket: Ticket, standing: Standing<S>) {
         let slot = ticket.checked_sub(self.first).and_then(|at| self.slots.get_mut(at as usize));
         if let Some(slot) = slot {
-            slot.acked = true;
-            self.advance();
+            slot.standing = standing;
         }
+    }
+
+    /// Moves the frontier over everything that is settled; what leaves goes to `left`. Answers the event it stops at, if
+    /// there is one.
+    pub fn advance(&mut self, left: &mut Vec<S>) -> Option<(Ticket, i64, &T)> {
+        loop {
+            match self.windows.front() {
+                None => return None,
+                Some(window) if window.end == Some(self.first) => {
+                    let window = self.windows.pop_front()?;
+                    self.position = window.leads_to.unwrap_or(window.to);
+                    self.acked = 0;
+                    continue;
+                }
+                Some(_) => {}
+            }
+            let Some(slot) = self.slots.pop_front_if(|slot| !matches!(slot.standing, Standing::Waits)) else {
+                break;
+            };
+            if let Standing::Leaves(how) = slot.standing {
+                left.push(how);
+            }
+            self.acked = slot.seq;
+            self.covered += u64::from(slot.tag.is_some());
+            self.first += 1;
+        }
+        let slot = self.slots.front()?;
+        Some((self.first, slot.seq, slot.tag.as_ref()?))
     }
 
     /// How many events and stretches are held.
@@ -121,7 +180,7 @@ impl<M: Clone> Progress<M> {
         self.slots.len()
     }
 
-    /// How far everything is acknowledged.
+    /// How far everything is settled.
     pub fn frontier(&self) -> Frontier<M> {
         let window = self.windows.front().filter(|_| self.acked > 0);
         Frontier {
@@ -132,27 +191,28 @@ impl<M: Clone> Progress<M> {
         }
     }
 
-    fn next_ticket(&self) -> Ticket {
-        self.first + self.slots.len() as u64
+    /// The sequence numbers beyond the frontier that are delivered.
+    pub fn delivered_ahead(&self) -> Vec<i64> {
+        let read = self.slots.iter().filter(|slot| slot.tag.is_some());
+        let read = read.map(|slot| (slot.seq, &slot.standing));
+        let known = read.chain(self.ahead.iter().map(|(seq, standing)| (*seq, standing)));
+        known.filter(|(_, standing)| matches!(standing, Standing::Delivered)).map(|(seq, _)| seq).collect()
     }
 
-    fn advance(&mut self) {
-        while let Some(window) = self.windows.front() {
-            if window.end == Some(self.first) {
-                let Some(window) = self.windows.pop_front() else { return };
-                self.position = window.leads_to.unwrap_or(window.to);
-                self.acked = 0;
-                continue;
-            }
-            match self.slots.pop_front_if(|slot| slot.acked) {
-                Some(slot) => {
-                    self.acked = slot.seq;
-                    self.covered += u64::from(slot.event);
-                    self.first += 1;
-                }
-                None => return,
-            }
-        }
+    /// Forgets what was read and not settled; what is settled beyond the frontier is kept for when it is read again.
+    pub fn into_ahead(self) -> Ahead<S> {
+        let mut ahead = self.ahead;
+        let settled = self.slots.into_iter().filter(|slot| slot.tag.is_some());
+        ahead.extend(
+            settled
+                .filter(|slot| !matches!(slot.standing, Standing::Waits))
+                .map(|slot| (slot.seq, slot.standing)),
+        );
+        Ahead(ahead)
+    }
+
+    fn next_ticket(&self) -> Ticket {
+        self.first + self.slots.len() as u64
     }
 }
 

@@ -4,68 +4,117 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn at<M: Clone>(progress: &Progress<M>) -> (M, Option<M>, i64) {
+type Plain<M> = Progress<M, (), char>;
+
+fn progress<M: Clone>(position: M) -> Plain<M> {
+    Progress::new(position, Ahead::delivered([]))
+}
+
+/// One more event, which nobody has settled yet.
+fn push<M: Clone>(progress: &mut Plain<M>, seq: i64) -> Ticket {
+    progress.push(seq, ()).expect("it is not settled yet")
+}
+
+fn at<M: Clone>(progress: &mut Plain<M>) -> (M, Option<M>, i64) {
+    progress.advance(&mut Vec::new());
     let Frontier { position, target, acked, .. } = progress.frontier();
     (position, target, acked)
 }
 
 #[test]
 fn the_frontier_moves_in_order_whatever_the_order_of_acknowledgement() {
-    let mut progress = Progress::new('a');
+    let mut progress = progress('a');
     progress.open('b', None);
-    let tickets: Vec<Ticket> = [5, 6, 9].map(|seq| progress.push(seq)).into();
+    let tickets: Vec<Ticket> = [5, 6, 9].map(|seq| push(&mut progress, seq)).into();
     progress.scanned(9, true);
     progress.open('c', None);
-    let later = progress.push(7);
+    let later = push(&mut progress, 7);
     progress.scanned(7, true);
     progress.ack(later);
     progress.ack(tickets[1]);
-    assert_eq!(at(&progress), ('a', None, 0), "the first event is still out");
+    assert_eq!(at(&mut progress), ('a', None, 0), "the first event is still out");
     progress.ack(tickets[0]);
-    assert_eq!(at(&progress), ('a', Some('b'), 6));
+    assert_eq!(at(&mut progress), ('a', Some('b'), 6));
     progress.ack(tickets[2]);
-    assert_eq!(at(&progress), ('c', None, 0), "the second window was done before");
+    assert_eq!(at(&mut progress), ('c', None, 0), "the second window was done before");
     assert_eq!((progress.held(), progress.frontier().covered), (0, 4));
 }
 
 #[test]
+fn what_leaves_is_told_when_the_frontier_passes_it_and_not_before() {
+    let mut progress = progress('a');
+    progress.open('b', None);
+    let tickets: Vec<Ticket> = [5, 6].map(|seq| push(&mut progress, seq)).into();
+    progress.scanned(6, true);
+    let mut left = Vec::new();
+    progress.leave(tickets[1], 'x');
+    assert_eq!(progress.advance(&mut left).map(|(ticket, seq, ())| (ticket, seq)), Some((tickets[0], 5)));
+    assert!(left.is_empty());
+    progress.ack(tickets[0]);
+    assert!(progress.advance(&mut left).is_none());
+    assert_eq!((left, at(&mut progress)), (vec!['x'], ('b', None, 0)));
+}
+
+#[test]
+fn what_is_settled_beyond_the_frontier_stays_so_when_it_is_read_again() {
+    let mut progress = progress('a');
+    progress.open('b', None);
+    let tickets: Vec<Ticket> = [5, 6, 7, 8].map(|seq| push(&mut progress, seq)).into();
+    progress.ack(tickets[0]);
+    progress.ack(tickets[2]);
+    progress.leave(tickets[3], 'x');
+    assert_eq!(at(&mut progress), ('a', Some('b'), 5));
+    assert_eq!(progress.delivered_ahead(), [7]);
+    let mut again = Progress::new('a', progress.into_ahead());
+    again.resume('b', None, 5);
+    let ticket = push(&mut again, 6);
+    assert_eq!(again.delivered_ahead(), [7], "also before it is read");
+    assert_eq!((again.push(7, ()), again.push(8, ())), (None, None));
+    again.scanned(8, true);
+    again.ack(ticket);
+    let mut left = Vec::new();
+    again.advance(&mut left);
+    assert_eq!((left, at(&mut again)), (vec!['x'], ('b', None, 0)));
+}
+
+#[test]
 fn stretches_in_which_nothing_matches_move_the_frontier_too() {
-    let mut progress = Progress::new('a');
+    let mut progress = progress('a');
     progress.open('b', None);
     progress.scanned(50_000, false);
-    assert_eq!(at(&progress), ('a', Some('b'), 50_000));
-    let ticket = progress.push(60_000);
+    assert_eq!(at(&mut progress), ('a', Some('b'), 50_000));
+    let ticket = push(&mut progress, 60_000);
     progress.scanned(100_000, false);
     progress.scanned(150_000, false);
     assert_eq!(progress.held(), 2, "one stretch behind the event");
     progress.ack(ticket);
-    assert_eq!(at(&progress), ('a', Some('b'), 150_000));
+    assert_eq!(at(&mut progress), ('a', Some('b'), 150_000));
     progress.scanned(150_000, true);
-    assert_eq!(at(&progress), ('b', None, 0));
+    assert_eq!(at(&mut progress), ('b', None, 0));
 }
 
 #[test]
 fn a_window_goes_on_where_it_was_left() {
-    let mut progress = Progress::new('a');
+    let mut progress = progress('a');
     progress.resume('b', None, 41);
-    assert_eq!(at(&progress), ('a', Some('b'), 41));
+    assert_eq!(at(&mut progress), ('a', Some('b'), 41));
     progress.scanned(41, true);
-    assert_eq!(at(&progress), ('b', None, 0));
+    assert_eq!(at(&mut progress), ('b', None, 0));
 }
 
 #[test]
 fn behind_the_last_window_of_an_era_the_next_one_begins() {
-    let mut progress = Progress::new('a');
+    let mut progress = progress('a');
     progress.open('z', Some('A'));
     progress.scanned(9, true);
-    assert_eq!(at(&progress), ('A', None, 0));
+    assert_eq!(at(&mut progress), ('A', None, 0));
 }
 
 #[test]
 fn empty_windows_do_not_pile_up_behind_a_slow_event() {
-    let mut progress = Progress::new(0);
+    let mut progress = progress(0);
     progress.open(1, None);
-    let slow = progress.push(5);
+    let slow = push(&mut progress, 5);
     progress.scanned(5, true);
     for to in 2..1_000 {
         progress.open(to, None);
@@ -73,11 +122,11 @@ fn empty_windows_do_not_pile_up_behind_a_slow_event() {
     }
     assert_eq!(progress.windows.len(), 2);
     progress.open(1_000, None);
-    let ticket = progress.push(8);
+    let ticket = push(&mut progress, 8);
     progress.ack(slow);
     progress.ack(ticket);
     assert_eq!(
-        at(&progress),
+        at(&mut progress),
         (1, Some(1_000), 8),
         "events of the last window count from where the first ended"
     );
@@ -85,17 +134,17 @@ fn empty_windows_do_not_pile_up_behind_a_slow_event() {
 
 #[test]
 fn an_empty_window_at_the_end_of_an_era_is_not_joined_with_the_next_era() {
-    let mut progress = Progress::new(0);
+    let mut progress = progress(0);
     progress.open(1, None);
-    let slow = progress.push(5);
+    let slow = push(&mut progress, 5);
     progress.scanned(5, true);
     progress.open(9, Some(10));
     progress.scanned(5, true);
     progress.open(11, None);
-    let next_era = progress.push(1);
+    let next_era = push(&mut progress, 1);
     progress.ack(slow);
     progress.ack(next_era);
-    assert_eq!(at(&progress), (10, Some(11), 1));
+    assert_eq!(at(&mut progress), (10, Some(11), 1));
 }
 
 /// A log as windows of matching sequence numbers, delivered in a random order, read in pages of random sizes.
@@ -123,7 +172,7 @@ fn log() -> impl Strategy<Value = Vec<Vec<i64>>> {
 /// The reader over a given log: window `i` leads from position `i` to `i + 1`.
 struct Model<'a> {
     log: &'a [Vec<i64>],
-    progress: Progress<usize>,
+    progress: Plain<usize>,
     window: usize,
     after: i64,
     opened: bool,
@@ -140,7 +189,7 @@ impl Model<'_> {
         }
         let left: Vec<i64> = window.iter().copied().filter(|&seq| seq > self.after).collect();
         for &seq in left.iter().take(rows) {
-            self.out.push((self.progress.push(seq), self.window, seq));
+            self.out.push((push(&mut self.progress, seq), self.window, seq));
             self.after = seq;
         }
         let done = left.len() <= rows;
@@ -159,7 +208,8 @@ impl Model<'_> {
     }
 
     /// Nothing that the frontier covers is undelivered.
-    fn check(&self) {
+    fn check(&mut self) {
+        self.progress.advance(&mut Vec::new());
         let Frontier { position, target, acked, .. } = self.progress.frontier();
         let to = target.unwrap_or(position);
         for (window, seqs) in self.log.iter().enumerate() {
@@ -174,7 +224,7 @@ impl Model<'_> {
 
     fn crash(&mut self) {
         let Frontier { position, target, acked, .. } = self.progress.frontier();
-        self.progress = Progress::new(position);
+        self.progress = progress(position);
         self.out.clear();
         (self.window, self.after, self.opened) = (position, 0, false);
         if let Some(target) = target {
@@ -188,7 +238,7 @@ proptest! {
     #[test]
     fn nothing_is_lost_whatever_the_order_and_the_crashes(log in log(), acts in acts()) {
         let delivered = vec![Vec::new(); log.len()];
-        let progress = Progress::new(0);
+        let progress = progress(0);
         let mut model = Model { log: &log, progress, window: 0, after: 0, opened: false, out: Vec::new(), delivered };
         for act in &acts {
             match act {

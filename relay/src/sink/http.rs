@@ -1,160 +1,123 @@
 // SPDX-License-Identifier: PostgreSQL
-//! HTTP: one POST an event, over connections that are kept.
+//! HTTP: one POST an event.
 
 use std::time::Duration;
 
-use bytes::Bytes;
+use dtm_core::options::{HeaderSource, Options};
 use dtm_core::page::Event;
-use http::header::{HeaderValue, USER_AGENT};
+use http::header::{HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 use http::{Method, Request, Uri};
-use http_body_util::{BodyExt as _, Full};
-use hyper::body::{Body as _, Incoming};
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::client::legacy::{self, Client};
-use hyper_util::rt::{TokioExecutor, TokioTimer};
-use rustls::{ClientConfig, RootCertStore};
+use http_body_util::Full;
 
 use super::cloudevents::{self, Unsendable};
-use super::{Failure, FailureKind};
-
-/// What is read of a response's body at the most, so that its connection can be used again.
-const BODY_BYTES_MAX: usize = 64 * 1024;
-
-/// How long the body of a response is waited for. The status has said all that counts.
-const BODY_PATIENCE: Duration = Duration::from_secs(1);
-
-/// How long a connection is kept without use. Many servers close theirs after a minute.
-const KEEP_IDLE: Duration = Duration::from_secs(30);
-
-/// The connections of the whole relay to all its endpoints.
-#[derive(Clone)]
-pub struct HttpClient {
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
-}
-
-/// The client has no way to do TLS.
-#[derive(Debug, thiserror::Error)]
-#[error("TLS: {0}")]
-pub struct TlsError(#[from] rustls::Error);
-
-impl HttpClient {
-    /// A client without connections yet. For https it trusts whom the operating system trusts.
-    pub fn new() -> Result<Self, TlsError> {
-        let mut tcp = HttpConnector::new();
-        tcp.set_nodelay(true);
-        tcp.enforce_http(false);
-        tcp.set_keepalive(Some(Duration::from_secs(15)));
-        let https = HttpsConnectorBuilder::new().with_tls_config(tls()?).https_or_http();
-        let client = Client::builder(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(KEEP_IDLE)
-            .build(https.enable_http1().wrap_connector(tcp));
-        Ok(HttpClient { client })
-    }
-}
-
-fn tls() -> Result<ClientConfig, TlsError> {
-    let mut roots = RootCertStore::empty();
-    let native = rustls_native_certs::load_native_certs();
-    let (usable, _) = roots.add_parsable_certificates(native.certs);
-    if usable == 0 {
-        tracing::warn!(
-            "the operating system has no certificates of authorities: https destinations will fail"
-        );
-    }
-    let provider = rustls::crypto::ring::default_provider();
-    let builder =
-        ClientConfig::builder_with_provider(provider.into()).with_safe_default_protocol_versions()?;
-    Ok(builder.with_root_certificates(roots).with_no_client_auth())
-}
+use crate::calls::http::HttpCaller;
+use crate::calls::outcome::{Class, Outcome};
+use crate::calls::secrets::{Secret, Secrets};
 
 /// One endpoint that events are posted to.
 pub struct HttpSink {
-    client: HttpClient,
+    caller: HttpCaller,
     uri: Uri,
     timeout: Duration,
     source: HeaderValue,
+    /// Of the subscription: they win over an event's own.
+    headers: HeaderMap,
+    /// Those that stand in its headers.
+    secrets: Vec<Secret>,
+}
+
+/// An endpoint cannot be called as the subscription says.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SinkError {
+    /// `ce-source`.
+    #[error(transparent)]
+    Source(#[from] Unsendable),
+    /// A header names a secret that the relay's configuration does not have.
+    #[error("header {header}: the relay's configuration has no [secret.{name}]")]
+    NoSecret {
+        /// The header.
+        header: String,
+        /// The secret.
+        name: String,
+    },
+    /// A header that HTTP does not allow.
+    #[error("header {0} cannot be sent")]
+    Header(String),
 }
 
 impl HttpSink {
-    /// `timeout` bounds each attempt, from connecting to the status. `source`: who the events are from.
-    pub fn new(client: HttpClient, uri: Uri, timeout: Duration, source: &str) -> Result<Self, Unsendable> {
+    /// `source`: who the events are from.
+    pub fn new(
+        caller: HttpCaller,
+        uri: Uri,
+        options: &Options,
+        secrets: &Secrets,
+        source: &str,
+    ) -> Result<Self, SinkError> {
         let source = cloudevents::attribute("the source", source)?;
-        Ok(HttpSink { client, uri, timeout, source })
+        let headers = headers(options, secrets)?;
+        let sent = options.headers.values().filter_map(|source| match source {
+            HeaderSource::Secret(name) => secrets.get(name).cloned(),
+            HeaderSource::Text(_) => None,
+        });
+        Ok(HttpSink { caller, uri, timeout: options.timeout, source, headers, secrets: sent.collect() })
     }
 
-    /// Makes one attempt. Only a 2xx status is a success.
-    pub async fn send(&self, event: &Event) -> Result<(), Failure> {
-        let request = self.request(event).map_err(|unsendable| Failure {
-            kind: FailureKind::Unsendable,
-            detail: unsendable.to_string(),
-        })?;
-        match tokio::time::timeout(self.timeout, self.client.client.request(request)).await {
-            Err(_) => Err(Failure {
-                kind: FailureKind::Timeout,
-                detail: format!("no answer within {} s", self.timeout.as_secs_f64()),
-            }),
-            Ok(Err(error)) => Err(failure(&error)),
-            Ok(Ok(response)) => {
-                let status = response.status();
-                drain(response.into_body()).await;
-                if status.is_success() {
-                    return Ok(());
-                }
-                let reason = status.canonical_reason().unwrap_or("no success");
-                let detail = if status.is_redirection() {
-                    format!("{reason}: redirects are not followed")
-                } else {
-                    reason.to_owned()
-                };
-                Err(Failure { kind: FailureKind::Status(status.as_u16()), detail })
-            }
+    /// Makes one attempt.
+    pub async fn send(&self, event: &Event) -> Outcome {
+        match self.request(event) {
+            Ok(request) => self.caller.call(request, self.timeout).await.without(&self.secrets),
+            Err(unsendable) => Outcome::without_answer(Class::Unsendable, unsendable.to_string()),
         }
     }
 
-    fn request(&self, event: &Event) -> Result<Request<Full<Bytes>>, Unsendable> {
+    fn request(&self, event: &Event) -> Result<Request<Full<bytes::Bytes>>, Unsendable> {
         let mut request = Request::new(Full::new(event.payload.clone().unwrap_or_default()));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = self.uri.clone();
         *request.headers_mut() = cloudevents::headers(event, &self.source)?;
+        for (name, value) in &self.headers {
+            request.headers_mut().insert(name.clone(), value.clone());
+        }
         let agent = HeaderValue::from_static(concat!("dtm-relay/", env!("CARGO_PKG_VERSION")));
         request.headers_mut().entry(USER_AGENT).or_insert(agent);
         Ok(request)
     }
 }
 
-/// Reads a body to its end, within bounds: a connection whose response is not read cannot be used again.
-async fn drain(mut body: Incoming) {
-    if body.is_end_stream() {
-        return;
-    }
-    let read = async {
-        let mut left = BODY_BYTES_MAX;
-        while let Some(Ok(frame)) = body.frame().await {
-            match left.checked_sub(frame.data_ref().map_or(0, Bytes::len)) {
-                Some(rest) => left = rest,
-                None => return,
+/// The subscription's headers, with its secrets filled in.
+pub fn headers(options: &Options, secrets: &Secrets) -> Result<HeaderMap, SinkError> {
+    let mut headers = HeaderMap::new();
+    for (name, source) in &options.headers {
+        let wrong = || SinkError::Header(name.clone());
+        let value = match source {
+            HeaderSource::Text(text) => HeaderValue::from_bytes(text.as_bytes()).map_err(|_| wrong())?,
+            HeaderSource::Secret(secret) => {
+                let missing = || SinkError::NoSecret { header: name.clone(), name: secret.clone() };
+                let secret = secrets.get(secret).ok_or_else(missing)?;
+                let mut value = HeaderValue::from_bytes(secret.reveal().as_bytes()).map_err(|_| wrong())?;
+                value.set_sensitive(true);
+                value
             }
-        }
-    };
-    let _ = tokio::time::timeout(BODY_PATIENCE, read).await;
+        };
+        headers.insert(HeaderName::from_bytes(name.as_bytes()).map_err(|_| wrong())?, value);
+    }
+    Ok(headers)
 }
 
-fn failure(error: &legacy::Error) -> Failure {
-    let kind = if error.is_connect() { FailureKind::Unreachable } else { FailureKind::Broken };
-    let mut detail = String::new();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        let text = error.to_string();
-        if !detail.contains(&text) {
-            detail = if detail.is_empty() { text } else { format!("{detail}: {text}") };
-        }
-        cause = error.source();
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_header_gets_its_secret_or_the_subscription_is_not_delivered() {
+        let options =
+            Options::from_json(&json!({"headers": {"Authorization": "secret:a", "x-b": "c"}})).unwrap();
+        let missing = headers(&options, &Secrets::new()).unwrap_err();
+        assert!(missing.to_string().contains("[secret.a]"), "{missing}");
+        let found = headers(&Options::from_json(&json!({"headers": {"x-b": "c"}})).unwrap(), &Secrets::new());
+        assert_eq!(found.unwrap()["x-b"], "c");
     }
-    if detail.is_empty() {
-        detail = error.to_string();
-    }
-    Failure { kind, detail: detail.replace('\n', " ") }
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: PostgreSQL
-//! Storing how far each subscription has come: all cursors that moved in one statement, a few times a second.
+//! Storing how far each subscription has come, and what became of events that failed: all that moved in one statement, a few
+//! times a second.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -12,21 +13,23 @@ use tokio::time::Instant;
 use tokio_postgres::Statement;
 use tokio_util::sync::CancellationToken;
 
+use super::batch::{self, Batch};
 use super::error::SourceError;
 use super::link::Link;
 use super::mark::Mark;
+use super::settlement::{self, Settlement};
 
 /// Between two statements at the least.
 const EVERY: Duration = Duration::from_millis(100);
-
-/// A move that says no more than "nothing for this subscription came by" may wait this long.
-const IDLE_EVERY: Duration = Duration::from_secs(1);
 
 /// After a statement that the database refused.
 const REFUSED: Duration = Duration::from_millis(500);
 
 /// A refusal that stays is told so often.
 const TELL_EVERY: Duration = Duration::from_secs(60);
+
+/// A move that says no more than "nothing for this subscription came by" may wait this long.
+const IDLE_EVERY: Duration = Duration::from_secs(1);
 
 /// Whose cursor it is, and by which right it is moved.
 #[derive(Clone, Debug)]
@@ -52,14 +55,26 @@ pub struct Cursor {
     pub target: Option<Arc<Mark>>,
     /// Up to this sequence number that window is acknowledged.
     pub acked: i64,
+    /// Beyond that, what is delivered already; only told by a pipeline that ends.
+    pub ahead: Vec<i64>,
 }
 
-struct Move {
-    owner: Owner,
-    cursor: Cursor,
+/// A cursor that moved, and the events that have to be settled with it.
+#[derive(Debug)]
+pub(super) struct Move {
+    pub(super) owner: Owner,
+    pub(super) cursor: Cursor,
+    pub(super) settlements: Vec<Settlement>,
     due: Instant,
-    /// It covers events.
-    delivered: bool,
+    /// It covers events, or settles some.
+    soon: bool,
+}
+
+impl Move {
+    /// Whether it was left by this owner: one of an earlier token or epoch would be refused.
+    fn is_of(&self, owner: &Owner) -> bool {
+        (self.owner.epoch, self.owner.token) == (owner.epoch, owner.token)
+    }
 }
 
 #[derive(Default)]
@@ -81,19 +96,57 @@ pub struct Cursors {
 }
 
 impl Cursors {
-    /// Leaves a move to be stored. `delivered`: it covers events, so that storing it soon spares duplicates after a crash.
-    pub fn moved(&self, owner: &Owner, cursor: Cursor, delivered: bool) {
+    /// Leaves a move to be stored. `soon`: it covers events, so that storing it soon spares duplicates after a crash.
+    pub fn moved(&self, owner: &Owner, cursor: Cursor, mut settlements: Vec<Settlement>, soon: bool) {
         let now = Instant::now();
-        let due = if delivered { now } else { now + IDLE_EVERY };
+        let mut soon = soon || !settlements.is_empty();
+        let mut due = if soon { now } else { now + IDLE_EVERY };
         let mut waiting = self.lock();
         let key = (owner.subscription, owner.shard);
-        let (due, delivered) = waiting
-            .moves
-            .get(&key)
-            .map_or((due, delivered), |earlier| (earlier.due.min(due), earlier.delivered || delivered));
-        waiting.moves.insert(key, Move { owner: owner.clone(), cursor, due, delivered });
+        if let Some(mut earlier) = waiting.moves.remove(&key).filter(|earlier| earlier.is_of(owner)) {
+            due = due.min(earlier.due);
+            soon |= earlier.soon;
+            settlement::follow(&mut earlier.settlements, settlements);
+            settlements = earlier.settlements;
+        }
+        waiting.moves.insert(key, Move { owner: owner.clone(), cursor, settlements, due, soon });
         drop(waiting);
         self.arrived.notify_one();
+    }
+
+    /// What was taken could not be stored: it is due again, before what has come since.
+    fn put_back(&self, moves: Vec<Move>, due: Instant) {
+        let mut waiting = self.lock();
+        for mut earlier in moves {
+            earlier.due = due;
+            match waiting.moves.entry((earlier.owner.subscription, earlier.owner.shard)) {
+                Entry::Vacant(place) => {
+                    place.insert(earlier);
+                }
+                Entry::Occupied(mut later) if later.get().is_of(&earlier.owner) => {
+                    let later = later.get_mut();
+                    settlement::follow(&mut earlier.settlements, std::mem::take(&mut later.settlements));
+                    later.settlements = earlier.settlements;
+                    later.due = due;
+                    later.soon |= earlier.soon;
+                }
+                // What an earlier owner left would be refused.
+                Entry::Occupied(_) => {}
+            }
+        }
+        waiting.under_way = false;
+    }
+
+    /// What was taken is stored, or refused for good.
+    fn settled(&self, barriers: u64) {
+        self.lock().under_way = false;
+        self.passed.send_replace(barriers);
+    }
+
+    /// Whether events are delivered that no stored cursor covers: they would be delivered again.
+    pub fn has_unstored(&self) -> bool {
+        let waiting = self.lock();
+        waiting.under_way || waiting.moves.values().any(|entry| entry.soon)
     }
 
     /// Waits until every move that was left before is stored or refused.
@@ -108,48 +161,18 @@ impl Cursors {
         let _ = passed.wait_for(|&passed| passed >= mine).await;
     }
 
-    /// Whether events are delivered that no stored cursor covers: they would be delivered again.
-    pub fn has_unstored(&self) -> bool {
-        let waiting = self.lock();
-        waiting.under_way || waiting.moves.values().any(|entry| entry.delivered)
-    }
-
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes what is due, or all of it if somebody waits; and the number of barriers that are passed with it.
-    fn take(&self, now: Instant) -> (Vec<Move>, u64) {
+    pub(super) fn take(&self, now: Instant) -> (Vec<Move>, u64) {
         let mut waiting = self.lock();
         let all = waiting.barriers > *self.passed.borrow();
         let due: Vec<Move> =
             waiting.moves.extract_if(|_, entry| all || entry.due <= now).map(|(_, entry)| entry).collect();
-        waiting.under_way = due.iter().any(|entry| entry.delivered);
+        waiting.under_way = due.iter().any(|entry| entry.soon);
         (due, waiting.barriers)
-    }
-
-    /// What was taken is stored, or refused for good.
-    fn settled(&self, barriers: u64) {
-        self.lock().under_way = false;
-        self.passed.send_replace(barriers);
-    }
-
-    /// What was taken could not be stored: it is due again, except where there is a newer move, which says more.
-    fn put_back(&self, moves: Vec<Move>, now: Instant) {
-        let mut waiting = self.lock();
-        for entry in moves {
-            match waiting.moves.entry((entry.owner.subscription, entry.owner.shard)) {
-                Entry::Vacant(place) => {
-                    place.insert(Move { due: now, ..entry });
-                }
-                Entry::Occupied(mut newer) => {
-                    let newer = newer.get_mut();
-                    newer.due = now;
-                    newer.delivered |= entry.delivered;
-                }
-            }
-        }
-        waiting.under_way = false;
     }
 
     fn next_due(&self) -> Option<Instant> {
@@ -169,8 +192,7 @@ impl Cursors {
 /// Stores moves until the connection fails. What is delivered does not depend on it: a table that somebody has locked for
 /// long holds up the cursors alone.
 pub async fn follow(link: Link, cursors: Arc<Cursors>) -> Result<Infallible, SourceError> {
-    let sql = "SELECT position_ids, fenced FROM dtm.relay_move($1, $2, $3, $4, $5, $6, $7, $8)";
-    let statement = link.prepare("moving cursors", sql).await?;
+    let statement = link.prepare("preparing to move cursors", batch::SQL).await?;
     let mut told: Option<(SourceError, Instant)> = None;
     loop {
         cursors.wait().await;
@@ -181,9 +203,15 @@ pub async fn follow(link: Link, cursors: Arc<Cursors>) -> Result<Infallible, Sou
             continue;
         }
         match store(&link, &statement, &moves).await {
-            Ok(()) => {
+            Ok(busy) => {
                 told = None;
-                cursors.settled(barriers);
+                let is_busy = |at: usize| i32::try_from(at + 1).is_ok_and(|place| busy.contains(&place));
+                let moves = moves.into_iter().enumerate().filter(|(at, _)| is_busy(*at));
+                let left: Vec<Move> = moves.map(|(_, entry)| entry).collect();
+                match left.is_empty() {
+                    true => cursors.settled(barriers),
+                    false => cursors.put_back(left, begun + EVERY),
+                }
                 tokio::time::sleep_until(begun + EVERY).await;
             }
             Err(error) => {
@@ -202,83 +230,22 @@ pub async fn follow(link: Link, cursors: Arc<Cursors>) -> Result<Infallible, Sou
     }
 }
 
-async fn store(link: &Link, statement: &Statement, moves: &[Move]) -> Result<(), SourceError> {
-    let batch = Batch::of(moves);
+/// Stores moves in one statement. Answers the places, counted from 1, of those that have to wait: somebody changes their
+/// subscription at this moment.
+async fn store(link: &Link, statement: &Statement, moves: &[Move]) -> Result<Vec<i32>, SourceError> {
+    let batch = Batch::of(moves, Instant::now());
     let row = link.query_one("moving cursors", statement, &batch.parameters()).await?;
     batch.stored(row.get(0))?;
-    refuse(moves, row.get(1));
-    Ok(())
+    refuse(moves, &row.get::<_, Vec<i32>>(1));
+    Ok(row.get(2))
 }
 
-fn refuse(moves: &[Move], fenced: Vec<i64>) {
-    for entry in moves.iter().filter(|entry| fenced.contains(&entry.owner.subscription)) {
-        entry.owner.fenced.cancel();
-    }
-}
-
-/// The arguments of one statement, column by column.
-#[derive(Default)]
-struct Batch<'a> {
-    new_marks: Vec<&'a Mark>,
-    new_positions: Vec<&'a str>,
-    subscriptions: Vec<i64>,
-    shards: Vec<i32>,
-    epochs: Vec<i64>,
-    tokens: Vec<i64>,
-    positions: Vec<i64>,
-    targets: Vec<Option<i64>>,
-    acked: Vec<i64>,
-}
-
-impl<'a> Batch<'a> {
-    fn of(moves: &'a [Move]) -> Self {
-        let mut batch = Batch::default();
-        let mut places = HashMap::new();
-        for Move { owner, cursor, .. } in moves {
-            batch.subscriptions.push(owner.subscription);
-            batch.shards.push(owner.shard);
-            batch.epochs.push(owner.epoch);
-            batch.tokens.push(owner.token);
-            let position = batch.refer(&cursor.position, &mut places);
-            batch.positions.push(position);
-            let target = cursor.target.as_ref().map(|target| batch.refer(target, &mut places));
-            batch.targets.push(target);
-            batch.acked.push(cursor.acked);
+/// Those at these places, counted from 1, are no longer their owner's to move.
+fn refuse(moves: &[Move], places: &[i32]) {
+    for &place in places {
+        if let Some(entry) = usize::try_from(place - 1).ok().and_then(|at| moves.get(at)) {
+            entry.owner.fenced.cancel();
         }
-        batch
-    }
-
-    /// The id that a mark is stored under; else -k, and it goes along as the k-th new one.
-    fn refer(&mut self, mark: &'a Arc<Mark>, places: &mut HashMap<*const Mark, i64>) -> i64 {
-        mark.id().unwrap_or_else(|| {
-            *places.entry(Arc::as_ptr(mark)).or_insert_with(|| {
-                self.new_marks.push(mark);
-                self.new_positions.push(mark.text());
-                -(self.new_marks.len() as i64)
-            })
-        })
-    }
-
-    fn parameters(&self) -> [&(dyn tokio_postgres::types::ToSql + Sync); 8] {
-        [
-            &self.new_positions,
-            &self.subscriptions,
-            &self.shards,
-            &self.epochs,
-            &self.tokens,
-            &self.positions,
-            &self.targets,
-            &self.acked,
-        ]
-    }
-
-    fn stored(&self, ids: Vec<i64>) -> Result<(), SourceError> {
-        if ids.len() != self.new_marks.len() {
-            let problem = format!("{} ids for {} new positions", ids.len(), self.new_marks.len());
-            return Err(SourceError::Answer { what: "moving cursors", problem });
-        }
-        self.new_marks.iter().zip(ids).for_each(|(mark, id)| mark.stored(id));
-        Ok(())
     }
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: PostgreSQL
-//! Which moves are stored, when, and what becomes of those that are refused.
 
 use dtm_core::position::Position;
 
+use super::super::settlement::Leave;
 use super::*;
 
 fn mark() -> Arc<Mark> {
@@ -13,110 +13,90 @@ fn owner(subscription: i64) -> Owner {
     Owner { subscription, shard: 0, epoch: 1, token: 1, fenced: CancellationToken::new() }
 }
 
-fn cursor(position: &Arc<Mark>, target: Option<&Arc<Mark>>) -> Cursor {
-    Cursor { position: position.clone(), target: target.cloned(), acked: 0 }
+fn cursor(acked: i64) -> Cursor {
+    Cursor { position: mark(), target: None, acked, ahead: Vec::new() }
+}
+
+fn done(seq: i64) -> Settlement {
+    Settlement { seq, what: Leave::Done, attempts: 0, history: Vec::new(), next: None }
+}
+
+fn seqs(entry: &Move) -> Vec<i64> {
+    entry.settlements.iter().map(|settlement| settlement.seq).collect()
 }
 
 #[test]
 fn what_was_delivered_is_due_at_once_and_the_rest_later() {
     let cursors = Cursors::default();
-    cursors.moved(&owner(1), cursor(&mark(), None), false);
-    cursors.moved(&owner(2), cursor(&mark(), None), true);
+    cursors.moved(&owner(1), cursor(0), Vec::new(), false);
+    cursors.moved(&owner(2), cursor(0), Vec::new(), true);
+    cursors.moved(&owner(3), cursor(0), vec![done(1)], false);
     let (due, _) = cursors.take(Instant::now());
-    assert_eq!(due.iter().map(|entry| entry.owner.subscription).collect::<Vec<_>>(), [2]);
+    let mut subscriptions: Vec<i64> = due.iter().map(|entry| entry.owner.subscription).collect();
+    subscriptions.sort_unstable();
+    assert_eq!(subscriptions, [2, 3]);
     assert!(cursors.take(Instant::now()).0.is_empty());
     assert_eq!(cursors.take(Instant::now() + IDLE_EVERY).0.len(), 1);
 }
 
 #[test]
-fn a_later_move_replaces_an_earlier_one_and_does_not_put_it_off() {
+fn a_later_move_replaces_an_earlier_cursor_and_settles_in_order() {
     let cursors = Cursors::default();
-    let newest = mark();
-    cursors.moved(&owner(1), cursor(&mark(), None), true);
-    cursors.moved(&owner(1), cursor(&newest, None), false);
+    cursors.moved(&owner(1), cursor(1), vec![done(1)], true);
+    cursors.moved(&owner(1), cursor(2), vec![done(2)], false);
     let (due, _) = cursors.take(Instant::now());
-    assert_eq!(due.len(), 1);
-    assert!(Arc::ptr_eq(&due[0].cursor.position, &newest));
+    assert_eq!((due.len(), due[0].cursor.acked, seqs(&due[0])), (1, 2, vec![1, 2]));
 }
 
 #[test]
-fn what_could_not_be_stored_is_due_again_and_never_replaces_a_newer_move() {
+fn what_could_not_be_stored_comes_before_what_came_since() {
     let cursors = Cursors::default();
-    let (older, newest) = (mark(), mark());
-    cursors.moved(&owner(1), cursor(&older, None), true);
-    cursors.moved(&owner(2), cursor(&older, None), true);
-    let (taken, _) = cursors.take(Instant::now());
-    assert_eq!(taken.len(), 2);
-    cursors.moved(&owner(1), cursor(&newest, None), false);
-    cursors.put_back(taken, Instant::now());
-    let (mut again, _) = cursors.take(Instant::now());
-    again.sort_by_key(|entry| entry.owner.subscription);
-    assert_eq!(again.len(), 2);
-    assert!(Arc::ptr_eq(&again[0].cursor.position, &newest), "and the newer one is not put off");
-    assert!(Arc::ptr_eq(&again[1].cursor.position, &older));
+    cursors.moved(&owner(1), cursor(1), vec![done(1)], true);
+    cursors.moved(&owner(2), cursor(1), vec![done(9)], true);
+    let (failed, _) = cursors.take(Instant::now());
+    cursors.moved(&owner(1), cursor(2), vec![done(2)], true);
+    cursors.put_back(failed, Instant::now());
+    let (due, _) = cursors.take(Instant::now());
+    let first = due.iter().find(|entry| entry.owner.subscription == 1).unwrap();
+    assert_eq!((due.len(), first.cursor.acked, seqs(first)), (2, 2, vec![1, 2]));
 }
 
 #[test]
-fn a_barrier_is_passed_only_by_what_is_stored() {
+fn what_an_earlier_owner_left_is_void() {
     let cursors = Cursors::default();
-    cursors.moved(&owner(1), cursor(&mark(), None), false);
-    cursors.lock().barriers += 1;
-    let (taken, barriers) = cursors.take(Instant::now());
-    cursors.put_back(taken, Instant::now());
-    assert_eq!((barriers, *cursors.passed.borrow()), (1, 0));
-    let (taken, barriers) = cursors.take(Instant::now());
-    assert_eq!(taken.len(), 1, "somebody waits for it still");
-    cursors.settled(barriers);
-    assert_eq!(*cursors.passed.borrow(), 1);
-}
-
-#[test]
-fn deliveries_are_unstored_until_the_database_has_answered() {
-    let cursors = Cursors::default();
-    cursors.moved(&owner(1), cursor(&mark(), None), false);
-    assert!(!cursors.has_unstored(), "no event is covered");
-    cursors.moved(&owner(1), cursor(&mark(), None), true);
-    assert!(cursors.has_unstored());
-    let (taken, barriers) = cursors.take(Instant::now());
-    assert!(cursors.has_unstored(), "on its way");
-    cursors.put_back(taken, Instant::now());
-    assert!(cursors.has_unstored(), "put back");
-    cursors.take(Instant::now());
-    cursors.settled(barriers);
-    assert!(!cursors.has_unstored());
-}
-
-#[test]
-fn a_position_is_stored_once_for_all_that_stand_at_it() {
-    let (shared, target) = (mark(), mark());
-    let owners = [owner(1), owner(2), owner(3)];
-    let targets = [None, Some(&target), Some(&shared)];
-    let moves: Vec<Move> = std::iter::zip(&owners, targets)
-        .map(|(owner, target)| Move {
-            owner: owner.clone(),
-            cursor: cursor(&shared, target),
-            due: Instant::now(),
-            delivered: true,
-        })
-        .collect();
-    let batch = Batch::of(&moves);
-    assert_eq!(batch.positions, [-1, -1, -1]);
-    assert_eq!(batch.targets, [None, Some(-2), Some(-1)]);
-    batch.stored(vec![70, 71]).unwrap();
-    let again = Batch::of(&moves);
-    assert_eq!((again.new_positions.len(), again.positions), (0, vec![70, 70, 70]));
-    assert_eq!(again.targets, [None, Some(71), Some(70)]);
-    assert!(batch.stored(vec![1]).is_err());
+    cursors.moved(&owner(1), cursor(1), vec![done(1)], true);
+    let (failed, _) = cursors.take(Instant::now());
+    let later = Owner { token: 2, ..owner(1) };
+    cursors.moved(&later, cursor(2), vec![done(2)], true);
+    cursors.put_back(failed, Instant::now());
+    cursors.moved(&Owner { token: 3, ..owner(1) }, cursor(3), vec![done(3)], true);
+    let (due, _) = cursors.take(Instant::now());
+    assert_eq!((due.len(), due[0].cursor.acked, seqs(&due[0])), (1, 3, vec![3]));
 }
 
 #[test]
 fn only_the_refused_are_fenced() {
-    let moves: Vec<Move> = [1, 2]
-        .map(|id| {
-            let (owner, cursor) = (owner(id), cursor(&mark(), None));
-            Move { owner, cursor, due: Instant::now(), delivered: true }
-        })
-        .into();
-    refuse(&moves, vec![2]);
+    let cursors = Cursors::default();
+    for subscription in [1, 2] {
+        cursors.moved(&owner(subscription), cursor(1), Vec::new(), true);
+    }
+    let (moves, _) = cursors.take(Instant::now());
+    refuse(&moves, &[2]);
     assert!(!moves[0].owner.fenced.is_cancelled() && moves[1].owner.fenced.is_cancelled());
+}
+
+#[test]
+fn what_is_delivered_and_not_stored_is_known() {
+    let cursors = Cursors::default();
+    cursors.moved(&owner(1), cursor(1), Vec::new(), false);
+    assert!(!cursors.has_unstored(), "nothing for it came by");
+    cursors.moved(&owner(1), cursor(2), Vec::new(), true);
+    assert!(cursors.has_unstored());
+    let (moves, barriers) = cursors.take(Instant::now());
+    assert!(cursors.has_unstored(), "it is under way");
+    cursors.put_back(moves, Instant::now());
+    assert!(cursors.has_unstored());
+    let (_, _) = cursors.take(Instant::now());
+    cursors.settled(barriers);
+    assert!(!cursors.has_unstored());
 }

@@ -13,6 +13,8 @@ use super::error::SourceError;
 use super::hello::Greeting;
 use super::link::Link;
 use super::mark::Mark;
+use super::pages::PAGE;
+use super::tail::Tail;
 
 /// The head of the log as it is published: nothing before it was read once.
 pub type Head = Option<Arc<Mark>>;
@@ -62,14 +64,17 @@ const USUAL_LOOK: Duration = Duration::from_millis(5);
 /// One waiting call: it ends by itself, so that a relay that has gone leaves nothing behind for long.
 const WAIT_MS: i32 = 2_000;
 
-/// Reads the head until the connection fails, and publishes each new one.
+/// Reads the head until the connection fails, and publishes each new one; before that, the window up to it for those who
+/// wait there.
 pub async fn follow(
     link: Link,
     greeting: Greeting,
     pace: Pace,
+    tail: Arc<Tail>,
     heads: watch::Sender<Head>,
 ) -> Result<Infallible, SourceError> {
     let poll = link.prepare("reading the head", "SELECT dtm.relay_poll($1)").await?;
+    let page = link.prepare("preparing to read pages", PAGE).await?;
     let mut wait = if greeting.preloaded { Some(prepare_wait(&link).await?) } else { None };
     let usual = round_trip(&link).await? + USUAL_LOOK;
     let mut known: Head = None;
@@ -85,6 +90,9 @@ pub async fn follow(
             let events = known.as_ref().map_or(0, |known| mark.position().seq - known.position().seq);
             let pause = pace.under_traffic(events, moved_at.elapsed());
             moved_at = Instant::now();
+            if let Some(known) = &known {
+                tail.read(&link, &page, known, &mark).await?;
+            }
             heads.send_replace(Some(mark.clone()));
             known = Some(mark);
             tokio::time::sleep(pause.max(pace.after_slow_looks(looks, usual))).await;

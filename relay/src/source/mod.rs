@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: PostgreSQL
-//! All that knows PostgreSQL: connections, the log's head and pages, cursors, leases, due events.
+//! All that knows PostgreSQL: connections, the log's head and pages, cursors, leases, due events, what is parked.
 
+mod batch;
 pub mod connect;
 pub mod cursors;
 pub mod due;
@@ -15,5 +16,7 @@ pub mod origin;
 pub mod pages;
 pub mod passfile;
 pub mod settings;
+pub mod settlement;
+pub mod tail;
 pub mod tls;
 pub mod url;
