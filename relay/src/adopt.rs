@@ -3,27 +3,13 @@
 
 use std::process::ExitCode;
 
-use crate::config::{Config, Database};
+use crate::config::Config;
+use crate::operate::{OperateError, choose};
 use crate::source::connect::Connector;
-use crate::source::error::SourceError;
 use crate::source::hello;
 
-/// Why a database could not be adopted.
-#[derive(Debug, thiserror::Error)]
-pub enum AdoptError {
-    /// Several are configured.
-    #[error("the configuration has several databases; name one by --database: {0}")]
-    Which(String),
-    /// None has that name.
-    #[error("the configuration has no database {0:?}; it has: {1}")]
-    Unknown(String, String),
-    /// The database refused, or is away.
-    #[error("{0}{hint}", hint = .0.hint().map(|hint| format!(" ({hint})")).unwrap_or_default())]
-    Source(#[from] SourceError),
-}
-
 /// Gives the database a new era and this relay's environment.
-pub async fn run(config: &Config, name: Option<&str>) -> Result<ExitCode, AdoptError> {
+pub async fn run(config: &Config, name: Option<&str>) -> Result<ExitCode, OperateError> {
     let database = choose(&config.databases, name)?;
     let link = Connector::new(database.settings.clone(), config.statement_timeout)?.connect().await?;
     hello::check_extension(&link).await?;
@@ -36,16 +22,4 @@ pub async fn run(config: &Config, name: Option<&str>) -> Result<ExitCode, AdoptE
         println!("paused: {} (SELECT dtm.resume(...) lets it go on)", row.get::<_, String>(0));
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn choose<'a>(databases: &'a [Database], name: Option<&str>) -> Result<&'a Database, AdoptError> {
-    let names = || databases.iter().map(|database| database.name.as_str()).collect::<Vec<_>>().join(", ");
-    match (name, databases) {
-        (None, [only]) => Ok(only),
-        (None, _) => Err(AdoptError::Which(names())),
-        (Some(name), _) => databases
-            .iter()
-            .find(|database| database.name == name)
-            .ok_or_else(|| AdoptError::Unknown(name.into(), names())),
-    }
 }

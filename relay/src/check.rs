@@ -6,7 +6,9 @@ use std::process::ExitCode;
 use dtm_core::destination::Destination;
 use dtm_core::options::Options;
 
+use crate::calls::secrets::Secrets;
 use crate::config::{Config, Database};
+use crate::sink::http;
 use crate::source::connect::Connector;
 use crate::source::error::SourceError;
 use crate::source::inspect::{self, Cursor, Stored};
@@ -107,15 +109,14 @@ async fn check(config: &Config, database: &Database, findings: &mut Findings) ->
     if !greeting.preloaded {
         findings.note("commits do not wake the relay, it polls: shared_preload_libraries has no pg_dtm");
     }
-    subscriptions(&stored, findings);
+    subscriptions(&stored, &config.secrets, findings);
     Ok(())
 }
 
-fn subscriptions(stored: &[Stored], findings: &mut Findings) {
+fn subscriptions(stored: &[Stored], secrets: &Secrets, findings: &mut Findings) {
     for subscription in stored {
         let name = &subscription.name;
-        if let Err(problem) = deliverable(subscription) {
-            let mend = "call dtm.subscribe again with its name, or use a newer relay";
+        if let Err((problem, mend)) = deliverable(subscription, secrets) {
             findings.wrong(&format!("subscription {name:?}: {problem}"), Some(mend));
         } else if let Some(problem) = misplaced(subscription.cursor) {
             let mend = "call dtm.rewind with its name and 'now', 'earliest' or a time";
@@ -132,9 +133,15 @@ fn subscriptions(stored: &[Stored], findings: &mut Findings) {
     }
 }
 
-fn deliverable(subscription: &Stored) -> Result<(), String> {
-    Destination::parse(&subscription.destination).map_err(|error| format!("its destination: {error}"))?;
-    Options::from_json(&subscription.options).map_err(|error| format!("its options: {error}"))?;
+/// Why a relay with this configuration cannot deliver a subscription, and how to mend it.
+fn deliverable(subscription: &Stored, secrets: &Secrets) -> Result<(), (String, &'static str)> {
+    let stored = "call dtm.subscribe again with its name, or use a newer relay";
+    Destination::parse(&subscription.destination)
+        .map_err(|error| (format!("its destination: {error}"), stored))?;
+    let options = Options::from_json(&subscription.options)
+        .map_err(|error| (format!("its options: {error}"), stored))?;
+    let secret = "give that secret an env or a file in the configuration of every relay";
+    http::headers(&options, secrets).map_err(|error| (error.to_string(), secret))?;
     Ok(())
 }
 

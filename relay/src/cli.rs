@@ -28,6 +28,101 @@ pub enum Command {
     Check(Settings),
     /// Make a copy of a database one of its own, which delivers from here on.
     Adopt(AdoptArgs),
+    /// Show all subscriptions: who delivers them, how far they are behind, what of them failed.
+    Status(Output),
+    /// Show, redrive or discard events that could not be delivered.
+    #[command(subcommand)]
+    DeadLetters(DeadLettersCommand),
+    /// Deliver nothing more of a subscription until it is resumed.
+    Pause(Changed),
+    /// Let a subscription that is paused or disabled go on.
+    Resume(Changed),
+    /// Set a subscription's cursor; what is parked or dead at or after it goes.
+    Rewind(RewindArgs),
+}
+
+/// What to do with dead letters.
+#[derive(Debug, Subcommand)]
+pub enum DeadLettersCommand {
+    /// Show them, the newest first.
+    List(Listed),
+    /// Deliver them again.
+    Redrive(DeadLetters),
+    /// Drop them.
+    Discard(DeadLetters),
+}
+
+/// Which database, and in which form the answer comes.
+#[derive(Args, Debug)]
+pub struct Output {
+    /// The name of the database in the configuration; needed if there are several.
+    #[arg(long, value_name = "NAME")]
+    pub database: Option<String>,
+    /// Answer JSON, with everything that is known.
+    #[arg(long)]
+    pub json: bool,
+    /// Settings of all commands.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+/// Which dead letters to show.
+#[derive(Args, Debug)]
+pub struct Listed {
+    /// Of this subscription only.
+    pub subscription: Option<String>,
+    /// So many at the most.
+    #[arg(long, default_value_t = 100)]
+    pub limit: u32,
+    /// The answer.
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// Which dead letters to redrive or discard. All conditions have to hold.
+#[derive(Args, Debug)]
+pub struct DeadLetters {
+    /// Of this subscription.
+    pub subscription: String,
+    /// With this id; may be given several times.
+    #[arg(long = "id", value_name = "UUID")]
+    pub ids: Vec<String>,
+    /// Whose topic matches this pattern.
+    #[arg(long, value_name = "PATTERN")]
+    pub topic: Option<String>,
+    /// Published at this time or later.
+    #[arg(long, value_name = "TIME")]
+    pub since: Option<String>,
+    /// So many at the most, the oldest first.
+    #[arg(long, value_name = "N")]
+    pub max: Option<u32>,
+    /// All of them.
+    #[arg(long)]
+    pub everything: bool,
+    /// The answer.
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// Which subscription to change.
+#[derive(Args, Debug)]
+pub struct Changed {
+    /// Its name.
+    pub subscription: String,
+    /// The answer.
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// Where to set a cursor.
+#[derive(Args, Debug)]
+pub struct RewindArgs {
+    /// now, earliest, or a time.
+    #[arg(long, value_name = "START")]
+    pub to: String,
+    /// Which subscription.
+    #[command(flatten)]
+    pub changed: Changed,
 }
 
 /// Settings of all commands.
@@ -70,6 +165,13 @@ impl Cli {
         let settings = match &self.command {
             Command::Run(settings) | Command::Check(settings) => settings,
             Command::Adopt(args) => &args.settings,
+            Command::Status(output) => &output.settings,
+            Command::DeadLetters(DeadLettersCommand::List(listed)) => &listed.output.settings,
+            Command::DeadLetters(DeadLettersCommand::Redrive(which) | DeadLettersCommand::Discard(which)) => {
+                &which.output.settings
+            }
+            Command::Pause(changed) | Command::Resume(changed) => &changed.output.settings,
+            Command::Rewind(args) => &args.changed.output.settings,
         };
         let Settings { config, database_url, environment, name, log_format, log_level } = settings;
         Overrides {

@@ -2,10 +2,11 @@
 //! The relay of pg_dtm: reads what was committed to the log and delivers it.
 //!
 //! An event's way: [`source`] reads it from PostgreSQL, a [`pipeline`] sees to its order and its retries, a [`sink`] sends
-//! it. [`database`] runs all that belongs to one database and starts it anew when the connection breaks; [`daemon`] runs
+//! it, by [`calls`] that may fail. [`database`] runs all that belongs to one database and starts it anew when the connection breaks; [`daemon`] runs
 //! all databases until the process is asked to stop.
 
 pub mod adopt;
+pub mod calls;
 pub mod check;
 pub mod cli;
 pub mod config;
@@ -13,7 +14,9 @@ pub mod daemon;
 pub mod database;
 pub mod deliveries;
 pub mod logging;
+pub mod operate;
 pub mod pipeline;
 pub mod session;
 pub mod sink;
 pub mod source;
+pub mod table;

@@ -4,8 +4,9 @@
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use dtm_relay::cli::{Cli, Command};
+use dtm_relay::cli::{Cli, Command, DeadLettersCommand};
 use dtm_relay::config::Config;
+use dtm_relay::operate::{self, Change, Deed};
 use dtm_relay::{adopt, check, daemon, logging};
 
 #[global_allocator]
@@ -28,9 +29,22 @@ fn work(cli: &Cli) -> Result<ExitCode, Box<dyn std::error::Error>> {
     // Most of the work of an event is done on one core; a second one keeps databases and endpoints apart.
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(config.threads).enable_all().build()?;
-    match &cli.command {
-        Command::Run(_) => runtime.block_on(daemon::run(config)),
-        Command::Check(_) => Ok(runtime.block_on(check::run(&config))),
-        Command::Adopt(args) => Ok(runtime.block_on(adopt::run(&config, args.database.as_deref()))?),
-    }
+    runtime.block_on(async {
+        Ok(match &cli.command {
+            Command::Run(_) => daemon::run(config).await?,
+            Command::Check(_) => check::run(&config).await,
+            Command::Adopt(args) => adopt::run(&config, args.database.as_deref()).await?,
+            Command::Status(output) => operate::status(&config, output).await?,
+            Command::DeadLetters(DeadLettersCommand::List(listed)) => operate::list(&config, listed).await?,
+            Command::DeadLetters(DeadLettersCommand::Redrive(which)) => {
+                operate::deal(&config, Deed::Redrive, which).await?
+            }
+            Command::DeadLetters(DeadLettersCommand::Discard(which)) => {
+                operate::deal(&config, Deed::Discard, which).await?
+            }
+            Command::Pause(changed) => operate::change(&config, Change::Pause, changed).await?,
+            Command::Resume(changed) => operate::change(&config, Change::Resume, changed).await?,
+            Command::Rewind(args) => operate::rewind(&config, &args.changed, &args.to).await?,
+        })
+    })
 }
