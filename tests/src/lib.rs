@@ -9,5 +9,6 @@ pub mod ledger;
 pub mod pgbouncer;
 pub mod port;
 pub mod process;
+pub mod proxy;
 pub mod receiver;
 pub mod relay;

@@ -7,14 +7,18 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full};
-use hyper::body::Incoming;
+use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
 
 use crate::process;
 
@@ -25,6 +29,8 @@ pub struct Received {
     pub at: Instant,
     /// POST, if all is well.
     pub method: Method,
+    /// Of HTTP.
+    pub version: Version,
     /// Path and query.
     pub target: String,
     /// All headers.
@@ -52,12 +58,18 @@ impl Received {
 pub enum Reply {
     /// Answers with a status and headers, after a delay.
     Status(u16, Vec<(&'static str, String)>, Duration),
+    /// Answers with a status and a body.
+    Body(u16, String),
     /// Never answers.
     Hang,
     /// Closes the connection without an answer.
     Reset,
     /// Answers what is no HTTP.
     Garbage,
+    /// Answers with a status, one byte after the other with a pause before each.
+    Dribble(u16, Duration),
+    /// Answers with a status and a body that never ends.
+    Endless(u16),
 }
 
 impl Reply {
@@ -72,6 +84,8 @@ impl Reply {
     }
 }
 
+type Body = BoxBody<Bytes, Infallible>;
+
 type Behaviour = Box<dyn FnMut(&Received) -> Reply + Send>;
 
 struct State {
@@ -83,6 +97,7 @@ struct State {
 pub struct Receiver {
     address: SocketAddr,
     state: Arc<Mutex<State>>,
+    tls: Option<TlsAcceptor>,
     server: Option<JoinHandle<()>>,
 }
 
@@ -94,11 +109,20 @@ impl Receiver {
 
     /// An endpoint that does with each request what it is told.
     pub async fn start_with(behaviour: impl FnMut(&Received) -> Reply + Send + 'static) -> Receiver {
+        Receiver::begin(Box::new(behaviour), None).await
+    }
+
+    /// An endpoint that answers 200 to everything, over TLS.
+    pub async fn start_tls(config: ServerConfig) -> Receiver {
+        Receiver::begin(Box::new(|_| Reply::status(200)), Some(TlsAcceptor::from(Arc::new(config)))).await
+    }
+
+    async fn begin(behaviour: Behaviour, tls: Option<TlsAcceptor>) -> Receiver {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("its address");
-        let state = Arc::new(Mutex::new(State { received: Vec::new(), behaviour: Box::new(behaviour) }));
-        let server = tokio::spawn(serve(listener, state.clone()));
-        Receiver { address, state, server: Some(server) }
+        let state = Arc::new(Mutex::new(State { received: Vec::new(), behaviour }));
+        let server = tokio::spawn(serve(listener, state.clone(), tls.clone()));
+        Receiver { address, state, tls, server: Some(server) }
     }
 
     /// Changes what is done with requests from now on.
@@ -108,7 +132,10 @@ impl Receiver {
 
     /// Where it listens.
     pub fn url(&self) -> String {
-        format!("http://{}/events", self.address)
+        match self.tls {
+            None => format!("http://{}/events", self.address),
+            Some(_) => format!("https://localhost:{}/events", self.address.port()),
+        }
     }
 
     /// Everything that arrived so far, in the order of arrival.
@@ -161,7 +188,7 @@ impl Receiver {
         self.stop();
         let bind = || async { TcpListener::bind(self.address).await.ok() };
         let listener = process::eventually(Duration::from_secs(10), bind).await.expect("the same port");
-        self.server = Some(tokio::spawn(serve(listener, self.state.clone())));
+        self.server = Some(tokio::spawn(serve(listener, self.state.clone(), self.tls.clone())));
     }
 }
 
@@ -171,7 +198,7 @@ impl Drop for Receiver {
     }
 }
 
-async fn serve(listener: TcpListener, state: Arc<Mutex<State>>) {
+async fn serve(listener: TcpListener, state: Arc<Mutex<State>>, tls: Option<TlsAcceptor>) {
     // Connections end with this task, since the set is dropped with it.
     let mut connections = tokio::task::JoinSet::new();
     loop {
@@ -179,7 +206,15 @@ async fn serve(listener: TcpListener, state: Arc<Mutex<State>>) {
             accepted = listener.accept() => {
                 let Ok((stream, _)) = accepted else { continue };
                 stream.set_nodelay(true).ok();
-                connections.spawn(serve_connection(stream, state.clone()));
+                let state = state.clone();
+                match tls.clone() {
+                    None => connections.spawn(serve_plain(stream, state)),
+                    Some(tls) => connections.spawn(async move {
+                        if let Ok(stream) = tls.accept(stream).await {
+                            serve_connection(stream, state, None).await;
+                        }
+                    }),
+                };
             }
             Some(_) = connections.join_next() => {}
         }
@@ -198,13 +233,20 @@ impl std::fmt::Display for Broken {
 
 impl std::error::Error for Broken {}
 
-async fn serve_connection(stream: TcpStream, state: Arc<Mutex<State>>) {
+async fn serve_plain(stream: TcpStream, state: Arc<Mutex<State>>) {
     let raw = stream.into_std().ok().and_then(|stream| {
         let copy = stream.try_clone().ok()?;
         Some((TcpStream::from_std(stream).ok()?, copy))
     });
     let Some((stream, raw)) = raw else { return };
-    let raw = Arc::new(raw);
+    serve_connection(stream, state, Some(Arc::new(raw))).await;
+}
+
+/// `raw` is the socket below, for answers that are no HTTP.
+async fn serve_connection<S>(stream: S, state: Arc<Mutex<State>>, raw: Option<Arc<std::net::TcpStream>>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let service = service_fn(move |request| answer(request, state.clone(), raw.clone()));
     auto::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service).await.ok();
 }
@@ -212,13 +254,14 @@ async fn serve_connection(stream: TcpStream, state: Arc<Mutex<State>>) {
 async fn answer(
     request: Request<Incoming>,
     state: Arc<Mutex<State>>,
-    raw: Arc<std::net::TcpStream>,
-) -> Result<Response<Full<Bytes>>, Broken> {
+    raw: Option<Arc<std::net::TcpStream>>,
+) -> Result<Response<Body>, Broken> {
     let (head, body) = request.into_parts();
     let body = body.collect().await.map_err(|_| Broken)?.to_bytes();
     let mut received = Received {
         at: Instant::now(),
         method: head.method,
+        version: head.version,
         target: head.uri.to_string(),
         headers: head.headers,
         body,
@@ -227,7 +270,13 @@ async fn answer(
     let reply = {
         let mut state = state.lock().expect("state");
         let reply = (state.behaviour)(&received);
-        received.accepted = matches!(reply, Reply::Status(200..=299, ..));
+        received.accepted = matches!(
+            reply,
+            Reply::Status(200..=299, ..)
+                | Reply::Body(200..=299, _)
+                | Reply::Dribble(200..=299, _)
+                | Reply::Endless(200..=299)
+        );
         state.received.push(received);
         reply
     };
@@ -236,19 +285,44 @@ async fn answer(
             if !delay.is_zero() {
                 tokio::time::sleep(delay).await;
             }
-            let mut response = Response::new(Full::new(Bytes::new()));
+            let mut response = Response::new(Full::new(Bytes::new()).boxed());
             *response.status_mut() = StatusCode::from_u16(status).expect("a status");
             for (name, value) in headers {
                 response.headers_mut().insert(name, value.parse().expect("a header value"));
             }
             Ok(response)
         }
+        Reply::Body(status, body) => {
+            let mut response = Response::new(Full::new(Bytes::from(body)).boxed());
+            *response.status_mut() = StatusCode::from_u16(status).expect("a status");
+            Ok(response)
+        }
         Reply::Hang => match std::future::pending::<Infallible>().await {},
         Reply::Reset => Err(Broken),
         Reply::Garbage => {
-            use std::io::Write;
-            (&*raw).write_all(b"this is no HTTP\r\n\r\n").ok();
+            write_raw(raw.as_deref(), b"this is no HTTP\r\n\r\n");
             Err(Broken)
         }
+        Reply::Dribble(status, pause) => {
+            for byte in format!("HTTP/1.1 {status} Slow\r\ncontent-length: 2\r\n\r\nok").bytes() {
+                tokio::time::sleep(pause).await;
+                write_raw(raw.as_deref(), &[byte]);
+            }
+            Err(Broken)
+        }
+        Reply::Endless(status) => {
+            let chunk = || Some((Ok(Frame::data(Bytes::from_static(&[b'x'; 16 * 1024]))), ()));
+            let body = futures_util::stream::unfold((), move |()| std::future::ready(chunk()));
+            let mut response = Response::new(BodyExt::boxed(StreamBody::new(body)));
+            *response.status_mut() = StatusCode::from_u16(status).expect("a status");
+            Ok(response)
+        }
+    }
+}
+
+fn write_raw(raw: Option<&std::net::TcpStream>, bytes: &[u8]) {
+    use std::io::Write;
+    if let Some(mut raw) = raw {
+        raw.write_all(bytes).ok();
     }
 }

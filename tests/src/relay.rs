@@ -13,6 +13,9 @@ use crate::process;
 
 const END_DEADLINE: Duration = Duration::from_secs(30);
 
+/// The name of a configuration file in a relay's own folder.
+const CONFIGURATION: &str = "relay.toml";
+
 /// The program under test.
 pub fn program() -> PathBuf {
     std::env::var_os("DTM_RELAY").map(PathBuf::from).expect("DTM_RELAY is not set: run this by cargo xtask")
@@ -29,8 +32,9 @@ pub fn run(arguments: &[&str]) -> (bool, String) {
 pub struct Relay {
     child: Option<Child>,
     arguments: Vec<String>,
+    variables: Vec<(String, String)>,
     log: PathBuf,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Relay {
@@ -41,21 +45,33 @@ impl Relay {
 
     /// Starts `dtm-relay run` with a configuration file of this text.
     pub fn start_configured(toml: &str) -> Relay {
+        Relay::start_configured_with(toml, &[])
+    }
+
+    /// Starts `dtm-relay run` with a configuration file of this text and these variables of the environment.
+    pub fn start_configured_with(toml: &str, variables: &[(&str, &str)]) -> Relay {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let file = folder.path().join("relay.toml");
+        let file = folder.path().join(CONFIGURATION);
         std::fs::write(&file, toml).expect("a configuration file");
-        Relay::spawned(vec!["--config".to_owned(), file.display().to_string()], folder)
+        Relay::spawned(vec!["--config".to_owned(), file.display().to_string()], variables, folder)
+    }
+
+    /// Gives it a configuration file of another text, which counts from its next start on.
+    pub fn configure(&self, toml: &str) {
+        std::fs::write(self.folder.path().join(CONFIGURATION), toml).expect("a configuration file");
     }
 
     /// Starts `dtm-relay run` with these arguments.
     pub fn start_with(arguments: &[&str]) -> Relay {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        Relay::spawned(arguments.iter().map(|argument| (*argument).to_owned()).collect(), folder)
+        Relay::spawned(arguments.iter().map(|argument| (*argument).to_owned()).collect(), &[], folder)
     }
 
-    fn spawned(arguments: Vec<String>, folder: TempDir) -> Relay {
+    fn spawned(arguments: Vec<String>, variables: &[(&str, &str)], folder: TempDir) -> Relay {
         let log = folder.path().join("relay.log");
-        let mut relay = Relay { child: None, arguments, log, _folder: folder };
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        let variables = variables.iter().map(owned).collect();
+        let mut relay = Relay { child: None, arguments, variables, log, folder };
         relay.restart();
         relay
     }
@@ -66,6 +82,7 @@ impl Relay {
         let log = File::options().create(true).append(true).open(&self.log).expect("the log");
         let errors = log.try_clone().expect("the log");
         let mut command = Command::new(program());
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         command.arg("run").args(&self.arguments).stdin(Stdio::null()).stdout(log).stderr(errors);
         self.child = Some(command.spawn().expect("dtm-relay"));
     }
