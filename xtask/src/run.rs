@@ -19,7 +19,7 @@ pub fn binary(workspace: &Workspace, name: &str, args: Vec<String>) -> Result<Ex
     let server = server::prepare(workspace, DEBIAN_MAJOR)?;
     extension::install(workspace, &server)?;
     say("compiling the relay");
-    let programs = cargo::build_programs(workspace, &[name, "receiver"])?;
+    let programs = cargo::build_programs(workspace, &[name, "receiver", "poster"])?;
     say(&format!("starting: {name}"));
     let mut command = Command::new(programs.path(name));
     command.args(args);
@@ -35,6 +35,7 @@ pub fn environment(command: &mut Command, workspace: &Workspace, server: &Server
         .env("DTM_PG_MAJOR", server.pg_config.major.to_string())
         .env("DTM_RELAY", programs.path("dtm-relay"))
         .env("DTM_RECEIVER", programs.path("receiver"))
+        .env("DTM_POSTER", programs.path("poster"))
         .env("DTM_UP_DIR", up_dir(&workspace.state))
         .env("DTM_ISOLATIONTESTER", server.isolationtester());
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Benchmarks: what is measured, against what, and how it is shown.
 
+pub mod fanout;
+pub mod http;
 pub mod latency;
 pub mod load;
 pub mod pinned;

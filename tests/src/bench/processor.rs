@@ -60,6 +60,11 @@ fn server_ticks(postmaster: u32) -> HashMap<u32, u64> {
     pids.chain([postmaster]).map(|pid: u32| (pid, ticks(pid))).collect()
 }
 
+/// Processor time of one process in seconds; 0 if it is gone.
+pub fn seconds(pid: u32) -> f64 {
+    ticks(pid) as f64 / TICKS_PER_SECOND
+}
+
 /// Processor time of one process; 0 if it is gone.
 fn ticks(pid: u32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();

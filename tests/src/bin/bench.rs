@@ -2,7 +2,7 @@
 //! `cargo xtask bench NAME`: measures against a baseline of the same run, checks every id, and prints a table.
 
 use clap::{Parser, ValueEnum};
-use dtm_tests::bench::{latency, pinned, publish, report};
+use dtm_tests::bench::{fanout, http, latency, pinned, publish, report};
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Bench {
@@ -12,6 +12,10 @@ enum Bench {
     Latency,
     /// With a transaction that holds back vacuum, against without
     Pinned,
+    /// Delivering a backlog, against a bare client that posts the same
+    Http,
+    /// A hundred subscriptions against one, and nine endpoints beside a dead one
+    Fanout,
 }
 
 /// Benchmarks of pg_dtm.
@@ -36,6 +40,8 @@ async fn main() {
         Bench::Publish => ("publish", publish::run(pairs).await),
         Bench::Latency => ("latency", latency::run(pairs).await),
         Bench::Pinned => ("pinned", pinned::run(pairs).await),
+        Bench::Http => ("http", http::run(pairs).await),
+        Bench::Fanout => ("fanout", fanout::run(pairs).await),
     };
     report::print(name, &rows, arguments.json);
 }
