@@ -3,6 +3,7 @@
 
 mod concurrent;
 mod copies;
+mod dead_letters;
 mod delivery;
 mod encodings;
 mod positions;
@@ -13,7 +14,9 @@ mod receive;
 mod refusals;
 mod schedule;
 mod segments;
+mod sharing;
 mod source;
 mod subscriptions;
+mod upgrade;
 mod versions;
 mod windows;

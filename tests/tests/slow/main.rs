@@ -3,11 +3,15 @@
 
 mod commands;
 mod connections;
+mod failures;
+mod https;
 mod load;
 mod numbered;
+mod operations;
 mod outages;
 mod pgbouncer;
 mod relay_crash;
 mod server_crash;
 mod shutdown;
+mod two_relays;
 mod undeliverable;
