@@ -82,7 +82,10 @@ impl Tail {
         if wants.patterns.len() > PATTERNS_MAX {
             wants.patterns = [">", "dtm.>"].map(str::to_owned).into();
         }
-        self.state().wants = Some(Arc::new(wants));
+        let mut state = self.state();
+        state.wants = Some(Arc::new(wants));
+        // What was sorted for a subscription as it was before is of no use to it any more.
+        state.windows.clear();
     }
 
     /// A pipeline stands at the head and has nothing to read.
@@ -134,6 +137,9 @@ impl Tail {
         if page.done {
             let events = sort(page.events, &wants);
             let mut state = self.state();
+            if !state.wants.as_ref().is_some_and(|newest| Arc::ptr_eq(newest, &wants)) {
+                return Ok(());
+            }
             if state.windows.len() >= WINDOWS {
                 state.windows.pop_front();
             }
@@ -218,6 +224,8 @@ mod tests {
         assert_eq!(seqs(tail.after(&from, unit(2))), Some(vec![7]));
         assert_eq!(seqs(tail.after(&from, unit(3))), None, "nobody sorted for it");
         assert_eq!(seqs(tail.after(&to, unit(1))), None, "no window begins there");
+        tail.serve([wanted(1, &["c"], None)].into_iter());
+        assert_eq!(seqs(tail.after(&from, unit(1))), None, "it was sorted for what was wanted before");
     }
 
     #[test]
