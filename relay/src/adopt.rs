@@ -4,16 +4,12 @@
 use std::process::ExitCode;
 
 use crate::config::Config;
-use crate::operate::{OperateError, choose};
-use crate::source::connect::Connector;
-use crate::source::hello;
+use crate::operate::{OperateError, choose, connect_to};
 
 /// Gives the database a new era and this relay's environment.
 pub async fn run(config: &Config, name: Option<&str>) -> Result<ExitCode, OperateError> {
     let database = choose(&config.databases, name)?;
-    let link = Connector::new(database.settings.clone(), config.statement_timeout)?.connect().await?;
-    hello::check_extension(&link).await?;
-    hello::check_protocol(&link).await?;
+    let link = connect_to(config, database).await?;
     link.query("adopting", "SELECT dtm.adopt($1)", &[&config.environment]).await?;
     println!("adopted: {} now belongs to environment {:?}", database.settings.describe(), config.environment);
     let sql = "SELECT name FROM dtm.subscription WHERE state = 'paused' ORDER BY name";

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use dtm_core::duration;
@@ -184,7 +185,7 @@ pub struct Config {
     /// Certificates of authorities that endpoints are trusted by, beside the operating system's.
     pub ca_file: Option<PathBuf>,
     /// What subscriptions name by `secret:NAME`.
-    pub secrets: Secrets,
+    pub secrets: Arc<Secrets>,
     /// At least one.
     pub databases: Vec<Database>,
 }
@@ -302,7 +303,7 @@ impl File {
             parked_bytes: self.parked_bytes,
             threads: self.threads,
             ca_file: self.ca_file,
-            secrets,
+            secrets: Arc::new(secrets),
             databases,
         })
     }

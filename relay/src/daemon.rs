@@ -35,8 +35,7 @@ pub async fn run(config: Config) -> Result<ExitCode, Box<dyn std::error::Error>>
     let farewell = config.shutdown + FAREWELL;
     let budget = Budget::new(config.buffer_bytes);
     let http = HttpCaller::new(config.ca_file.as_deref())?;
-    let secrets = Arc::new(config.secrets.clone());
-    let shared = Arc::new(Shared { relay: Uuid::new_v4(), http, secrets, budget, config });
+    let shared = Arc::new(Shared { relay: Uuid::new_v4(), http, budget, config });
     let stop = CancellationToken::new();
     let mut databases = JoinSet::new();
     for database in &shared.config.databases {

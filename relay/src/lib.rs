@@ -7,6 +7,7 @@
 
 pub mod adopt;
 pub mod calls;
+pub mod causes;
 pub mod check;
 pub mod cli;
 pub mod config;

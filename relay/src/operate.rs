@@ -46,7 +46,11 @@ fn hint(error: &SourceError) -> Option<&str> {
 
 /// A connection to the database that is meant.
 async fn connect(config: &Config, database: Option<&str>) -> Result<Link, OperateError> {
-    let database = choose(&config.databases, database)?;
+    Ok(connect_to(config, choose(&config.databases, database)?).await?)
+}
+
+/// A connection to a database whose extension this relay understands.
+pub async fn connect_to(config: &Config, database: &Database) -> Result<Link, SourceError> {
     let link = Connector::new(database.settings.clone(), config.statement_timeout)?.connect().await?;
     hello::check_extension(&link).await?;
     hello::check_protocol(&link).await?;
@@ -110,19 +114,12 @@ pub async fn deal(config: &Config, deed: Deed, which: &DeadLetters) -> Result<Ex
         return Err(OperateError::NoFilter);
     }
     let link = connect(config, which.output.database.as_deref()).await?;
-    let (sql, what, done) = match deed {
-        Deed::Redrive => (
-            "SELECT dtm.redrive($1, $2::text[]::uuid[], $3, $4::text::timestamptz, $5, $6)",
-            "redriving",
-            "redriven",
-        ),
-        Deed::Discard => (
-            "SELECT dtm.discard($1, $2::text[]::uuid[], $3, $4::text::timestamptz, $5, $6)",
-            "discarding",
-            "discarded",
-        ),
+    let (function, what, done) = match deed {
+        Deed::Redrive => ("redrive", "redriving", "redriven"),
+        Deed::Discard => ("discard", "discarding", "discarded"),
     };
-    let statement = link.prepare(what, sql).await?;
+    let sql = format!("SELECT dtm.{function}($1, $2::text[]::uuid[], $3, $4::text::timestamptz, $5, $6)");
+    let statement = link.prepare(what, &sql).await?;
     let ids = (!which.ids.is_empty()).then_some(&which.ids);
     // No more than there are now: those that are redriven and die again are not to be redriven for ever. One at the least: the
     // database says what is wrong with the arguments.

@@ -14,7 +14,6 @@ use tracing::{Instrument as _, info};
 use uuid::Uuid;
 
 use crate::calls::http::HttpCaller;
-use crate::calls::secrets::Secrets;
 use crate::config::Config;
 use crate::deliveries::{Common, Deliveries};
 use crate::pipeline::budget::Budget;
@@ -47,8 +46,6 @@ pub struct Shared {
     pub relay: Uuid,
     /// Connections to endpoints.
     pub http: HttpCaller,
-    /// What the configuration knows and tables do not.
-    pub secrets: Arc<Secrets>,
     /// Memory.
     pub budget: Budget,
     /// Settings.
@@ -121,7 +118,7 @@ impl Session {
             cursors: cursors.clone(),
             valid_until: valid,
             http: shared.http.clone(),
-            secrets: shared.secrets.clone(),
+            secrets: config.secrets.clone(),
             budget: shared.budget.clone(),
             subscription_bytes: config.subscription_bytes,
             bounds: config.pipeline_bounds(),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: PostgreSQL
 //! HTTP calls: over connections that are kept, HTTP/1.1 or, where it is negotiated, HTTP/2.
 
+use std::error::Error as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -18,6 +19,7 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::{ClientConfig, RootCertStore};
 
 use super::outcome::{Class, Outcome};
+use crate::causes::with_causes;
 
 /// What is read of a response's body at the most, so that its connection can be used again.
 const BODY_BYTES_MAX: usize = 64 * 1024;
@@ -165,21 +167,9 @@ fn retry_after(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Opti
     }
 }
 
-/// An error and its causes in one line. The client's own text says less than its cause.
+/// What the client says itself says less than its cause.
 fn causes(error: &legacy::Error) -> String {
-    let mut detail = String::new();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        let text = error.to_string();
-        if !detail.contains(&text) {
-            detail = if detail.is_empty() { text } else { format!("{detail}: {text}") };
-        }
-        cause = error.source();
-    }
-    if detail.is_empty() {
-        detail = error.to_string();
-    }
-    detail.replace('\n', " ")
+    with_causes(error.source().unwrap_or(error))
 }
 
 #[cfg(test)]

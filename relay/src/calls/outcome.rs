@@ -51,11 +51,6 @@ impl Outcome {
         Outcome { class, status: None, error: error.into(), body: String::new(), retry_after: None }
     }
 
-    /// A success.
-    pub fn accepted() -> Self {
-        Outcome::without_answer(Class::Accepted, "")
-    }
-
     /// Keeps so much of the body as may be stored: an endpoint can echo what it was sent, secrets included.
     pub fn without(mut self, secrets: &[Secret]) -> Self {
         for secret in secrets.iter().map(Secret::reveal) {

@@ -54,6 +54,17 @@ pub struct Delivery {
     pub held: Arc<Held>,
 }
 
+impl Delivery {
+    /// How much memory the event stands for, about.
+    pub fn size(&self) -> usize {
+        let event = &self.event;
+        let texts = event.topic.len() + event.key.as_ref().map_or(0, |key| key.len());
+        texts
+            + event.headers.as_ref().map_or(0, |h| h.len())
+            + event.payload.as_ref().map_or(0, bytes::Bytes::len)
+    }
+}
+
 /// A row of dtm.retry as a pipeline remembers it: the event itself is read when it is due.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
@@ -65,4 +76,11 @@ pub struct Row {
     pub attempts: u32,
     /// When it is due; `None`: when it is the first of its lane.
     pub next: Option<Instant>,
+}
+
+impl Row {
+    /// The row that an event has, or is about to get.
+    pub fn of(delivery: &Delivery, attempts: u32, next: Option<Instant>) -> Self {
+        Row { seq: delivery.event.seq, bytes: delivery.size(), attempts, next }
+    }
 }

@@ -12,8 +12,8 @@ use tokio::time::Instant;
 
 use super::budget::Held;
 use super::delivery::{Delivery, LaneName, Place, Row};
-use super::lanes::{Lanes, Stage, size};
-use super::reader::{Piece, Reader, UnknownEra};
+use super::lanes::{Lanes, Stage};
+use super::reader::{FlowProgress, Piece, Reader, UnknownEra};
 use super::windows::{Ahead, Frontier, Progress};
 use crate::calls::circuit::{Blame, Circuit};
 use crate::calls::outcome::{Class, Outcome};
@@ -29,9 +29,6 @@ const PROBE_EVERY_MAX: Duration = Duration::from_secs(30);
 const PROBED_LANES: usize = 3;
 /// Lanes whose parked events are read at once.
 const LOADED_LANES: usize = 32;
-
-/// The progress of a pipeline.
-pub type FlowProgress = Progress<Arc<Mark>, LaneName, Settlement>;
 
 /// What may be parked.
 #[derive(Clone, Copy, Debug)]
@@ -92,15 +89,14 @@ impl Flow {
     ) -> Result<Self, UnknownEra> {
         let ahead = Ahead::delivered(cursor.ahead.iter().copied());
         let (reader, progress) = Reader::new(cursor, ahead, eras.clone())?;
-        let schedule = match &options.retry {
-            Retry::Exponential { base, cap, attempts } => Schedule::exponential(*base, *cap, Some(*attempts)),
-            Retry::Schedule(delays) => Schedule::listed(delays.clone()),
-        };
-        let probes = match &options.retry {
-            Retry::Exponential { base, cap, .. } => {
-                Schedule::exponential(*base, (*cap).min(PROBE_EVERY_MAX), None)
+        let probes = |base, cap: Duration| Schedule::exponential(base, cap.min(PROBE_EVERY_MAX), None);
+        let (schedule, probes) = match &options.retry {
+            Retry::Exponential { base, cap, attempts } => {
+                (Schedule::exponential(*base, *cap, Some(*attempts)), probes(*base, *cap))
             }
-            Retry::Schedule(_) => Schedule::exponential(Duration::from_secs(1), PROBE_EVERY_MAX, None),
+            Retry::Schedule(delays) => {
+                (Schedule::listed(delays.clone()), probes(Duration::from_secs(1), PROBE_EVERY_MAX))
+            }
         };
         let mut flow = Flow {
             reader,
@@ -222,7 +218,7 @@ impl Flow {
     /// When there may be something to do that no answer and no page brings.
     pub fn next_timer(&self, now: Instant) -> Option<Instant> {
         let paced = match self.pace.free(self.in_flight, now) {
-            Err(at) if self.lanes.has_ready() => at,
+            Err(at) if self.lanes.ready() > 0 => at,
             _ => None,
         };
         let later = |at: &Instant| *at > now;
@@ -277,7 +273,7 @@ impl Flow {
         match delivery.place {
             Place::Log(ticket) => self.progress.ack(ticket),
             Place::Row => {
-                self.unpark(1, size(&delivery));
+                self.unpark(1, delivery.size());
                 self.settlements.push(settlement(delivery.event.seq, Leave::Done));
             }
         }
@@ -367,7 +363,7 @@ impl Flow {
         match *place {
             Place::Log(ticket) => self.progress.leave(ticket, settlement),
             Place::Row => {
-                self.unpark(1, size(&delivery));
+                self.unpark(1, delivery.size());
                 self.settlements.push(settlement);
             }
         }

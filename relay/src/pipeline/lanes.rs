@@ -91,12 +91,7 @@ impl Lane {
         let place = Place::Log(ticket);
         if self.back.front().is_some_and(|delivery| delivery.place == place) {
             let delivery = self.back.pop_front()?;
-            self.rows.push_back(Row {
-                seq: delivery.event.seq,
-                bytes: size(&delivery),
-                attempts: 0,
-                next: None,
-            });
+            self.rows.push_back(Row::of(&delivery, 0, None));
             return self.rows.back();
         }
         if !self.rows.is_empty() {
@@ -113,7 +108,7 @@ impl Lane {
         let behind = self.front.split_off(at + 1);
         let delivery = self.front.pop_back()?;
         self.back = behind;
-        self.rows.push_back(Row { seq: delivery.event.seq, bytes: size(&delivery), attempts, next });
+        self.rows.push_back(Row::of(&delivery, attempts, next));
         if let Some(until) = next {
             self.stage = Stage::Parked(until);
         }
@@ -121,31 +116,17 @@ impl Lane {
     }
 
     /// Puts the head, which is in memory and has a row, back into its row.
-    pub fn put_back(&mut self, attempts: u32, next: Option<Instant>) -> Option<()> {
-        let head = self.front.pop_front()?;
-        self.rows.push_front(Row { seq: head.event.seq, bytes: size(&head), attempts, next });
+    pub fn put_back(&mut self, attempts: u32, next: Option<Instant>) {
+        let Some(head) = self.front.pop_front() else { return };
+        self.rows.push_front(Row::of(&head, attempts, next));
         // What is in memory behind it has a row too, or came from the log when there were no rows.
         while let Some(last) = self.front.pop_back() {
             match last.place {
-                Place::Row => {
-                    let row =
-                        Row { seq: last.event.seq, bytes: size(&last), attempts: last.attempts, next: None };
-                    self.rows.insert(1, row);
-                }
+                Place::Row => self.rows.insert(1, Row::of(&last, last.attempts, None)),
                 Place::Log(_) => self.back.push_front(last),
             }
         }
-        Some(())
     }
-}
-
-/// How much memory an event stands for, about.
-pub fn size(delivery: &Delivery) -> usize {
-    let event = &delivery.event;
-    let texts = event.topic.len() + event.key.as_ref().map_or(0, |key| key.len());
-    texts
-        + event.headers.as_ref().map_or(0, |h| h.len())
-        + event.payload.as_ref().map_or(0, bytes::Bytes::len)
 }
 
 /// A lane that has something to do at a time. The earlier, the greater it is: a heap has its greatest on top.
@@ -233,11 +214,6 @@ impl Lanes {
     pub fn waiting(&self) -> usize {
         let waits = |lane: &&Lane| matches!(lane.stage, Stage::Ready | Stage::InFlight | Stage::Resting(_));
         self.lanes.values().filter(waits).count()
-    }
-
-    /// Whether anything may go as soon as there is room.
-    pub fn has_ready(&self) -> bool {
-        !self.ready.is_empty()
     }
 
     /// How many lanes may go as soon as there is room.
@@ -349,10 +325,8 @@ impl Lanes {
     pub fn loaded(&mut self, asked: &[i64], found: Vec<Delivery>) -> (usize, usize) {
         let mut found: HashMap<i64, Delivery> = found.into_iter().map(|d| (d.event.seq, d)).collect();
         let (mut gone, mut bytes) = (0, 0);
-        let loading = self.lanes.iter().filter(|(_, lane)| lane.stage == Stage::Loading);
-        let names: Vec<LaneName> = loading.map(|(name, _)| name.clone()).collect();
         let asked: std::collections::HashSet<i64> = asked.iter().copied().collect();
-        for name in names {
+        for name in self.loading() {
             let Some(lane) = self.lanes.get_mut(&name) else { continue };
             while let Some(row) = lane.rows.pop_front_if(|row| asked.contains(&row.seq)) {
                 match found.remove(&row.seq) {
@@ -372,9 +346,7 @@ impl Lanes {
 
     /// The rows that were asked for could not be read: they are due still.
     pub fn not_loaded(&mut self) {
-        let loading = self.lanes.iter().filter(|(_, lane)| lane.stage == Stage::Loading);
-        let names: Vec<LaneName> = loading.map(|(name, _)| name.clone()).collect();
-        names.iter().for_each(|name| self.make_due(name));
+        self.loading().iter().for_each(|name| self.make_due(name));
     }
 
     /// Forgets what was read from the log. What has a row is read again from there. Nothing may be in flight.
@@ -403,6 +375,12 @@ impl Lanes {
         for (name, next) in heads {
             self.park_until(&name, next);
         }
+    }
+
+    /// Lanes whose rows are being read.
+    fn loading(&self) -> Vec<LaneName> {
+        let loading = self.lanes.iter().filter(|(_, lane)| lane.stage == Stage::Loading);
+        loading.map(|(name, _)| name.clone()).collect()
     }
 
     /// The next event of a lane whose head is gone.

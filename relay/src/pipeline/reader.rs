@@ -16,8 +16,8 @@ use crate::source::settlement::Settlement;
 #[error("its cursor lies in era {0}, which the database does not know")]
 pub struct UnknownEra(i32);
 
-/// The progress that a reader tells of its windows.
-type FlowProgress = Progress<Arc<Mark>, LaneName, Settlement>;
+/// The progress of a pipeline, which its reader tells of its windows.
+pub type FlowProgress = Progress<Arc<Mark>, LaneName, Settlement>;
 
 /// A piece of a window.
 #[derive(Clone, Debug)]

@@ -8,6 +8,7 @@ use tokio_postgres::error::SqlState;
 
 use super::tls::TlsError;
 use super::url::UrlError;
+use crate::causes::with_causes;
 
 /// A failure at a database.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -117,20 +118,6 @@ impl SourceError {
 fn grant_hint(code: &SqlState) -> Option<String> {
     (*code == SqlState::INSUFFICIENT_PRIVILEGE)
         .then(|| "Run \"dtm-relay check\": it names the privileges that are missing.".to_owned())
-}
-
-/// An error and what caused it in one line.
-pub(super) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text.replace('\n', " ")
 }
 
 /// The failure of a connection attempt, in which the driver wraps what the server said.

@@ -10,7 +10,8 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Connection, Row, Socket, Statement, ToStatement};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::error::{SourceError, with_causes};
+use super::error::SourceError;
+use crate::causes::with_causes;
 
 /// A connection. Dropping it closes the socket, and the server notices.
 pub struct Link {
