@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Which event arrived when, as a receiving process keeps it and as it tells another.
 
+use std::collections::HashMap;
+
 use rustix::time::{ClockId, clock_gettime};
 use uuid::Uuid;
 
@@ -67,6 +69,20 @@ pub fn decode(bytes: &[u8]) -> Vec<Arrival> {
         }
     };
     whole.iter().map(decode).collect()
+}
+
+/// Panics unless each of `ids` has arrived so many times, and nothing else has.
+pub fn assert_each(arrivals: &[Arrival], ids: &[Uuid], times: usize) {
+    let mut found: HashMap<Uuid, usize> = HashMap::new();
+    arrivals.iter().for_each(|arrival| *found.entry(arrival.id).or_default() += 1);
+    assert_eq!(found.len(), ids.len(), "something did not arrive, or nobody had sent it");
+    assert!(ids.iter().all(|id| found.get(id) == Some(&times)), "an event did not come {times} times");
+}
+
+/// Events a second from the first arrival to the last.
+pub fn rate(arrivals: &[Arrival]) -> f64 {
+    let (first, last) = (arrivals[0].at_ns, arrivals[arrivals.len() - 1].at_ns);
+    (arrivals.len() - 1) as f64 / ((last - first) as f64 / 1e9)
 }
 
 /// Nanoseconds of a clock that all processes of the machine share.

@@ -285,18 +285,13 @@ async fn answer(
             if !delay.is_zero() {
                 tokio::time::sleep(delay).await;
             }
-            let mut response = Response::new(Full::new(Bytes::new()).boxed());
-            *response.status_mut() = StatusCode::from_u16(status).expect("a status");
+            let mut response = response(status, Full::new(Bytes::new()).boxed());
             for (name, value) in headers {
                 response.headers_mut().insert(name, value.parse().expect("a header value"));
             }
             Ok(response)
         }
-        Reply::Body(status, body) => {
-            let mut response = Response::new(Full::new(Bytes::from(body)).boxed());
-            *response.status_mut() = StatusCode::from_u16(status).expect("a status");
-            Ok(response)
-        }
+        Reply::Body(status, body) => Ok(response(status, Full::new(Bytes::from(body)).boxed())),
         Reply::Hang => match std::future::pending::<Infallible>().await {},
         Reply::Reset => Err(Broken),
         Reply::Garbage => {
@@ -313,11 +308,15 @@ async fn answer(
         Reply::Endless(status) => {
             let chunk = || Some((Ok(Frame::data(Bytes::from_static(&[b'x'; 16 * 1024]))), ()));
             let body = futures_util::stream::unfold((), move |()| std::future::ready(chunk()));
-            let mut response = Response::new(BodyExt::boxed(StreamBody::new(body)));
-            *response.status_mut() = StatusCode::from_u16(status).expect("a status");
-            Ok(response)
+            Ok(response(status, BodyExt::boxed(StreamBody::new(body))))
         }
     }
+}
+
+fn response(status: u16, body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    *response.status_mut() = StatusCode::from_u16(status).expect("a status");
+    response
 }
 
 fn write_raw(raw: Option<&std::net::TcpStream>, bytes: &[u8]) {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Many subscriptions on the same events, and one whose endpoint is dead among others.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -13,6 +12,7 @@ use super::load::{self, DATABASE, Way};
 use super::processor;
 use super::report::{Goal, Row};
 use super::sink::Sink;
+use crate::arrivals;
 use crate::cluster::Cluster;
 use crate::relay::Relay;
 
@@ -40,14 +40,6 @@ async fn subscribe(client: &Client, name: &str, url: &str, start_at: &str) {
     client.execute(sql, &[&name, &url, &start_at]).await.expect("subscribe");
 }
 
-/// Each of `ids` has arrived so many times, and nothing else.
-fn assert_arrived(sink: &Sink, from: usize, ids: &[Uuid], times: usize) {
-    let mut found: HashMap<Uuid, usize> = HashMap::new();
-    sink.arrivals(from).iter().for_each(|arrival| *found.entry(arrival.id).or_default() += 1);
-    assert_eq!(found.len(), ids.len());
-    assert!(ids.iter().all(|id| found.get(id) == Some(&times)), "an event did not come {times} times");
-}
-
 impl Site {
     async fn open(subscriptions: usize) -> Site {
         let cluster = load::cluster(true).await;
@@ -73,7 +65,7 @@ impl Site {
         let ids: Vec<Uuid> = run.calls.iter().filter_map(|call| call.id).collect();
         self.sink.wait_for(arrived + ids.len() * self.subscriptions, DRAIN).await;
         let seconds = used() - before;
-        assert_arrived(&self.sink, arrived, &ids, self.subscriptions);
+        arrivals::assert_each(&self.sink.arrivals(arrived), &ids, self.subscriptions);
         seconds * 1e3 / ids.len() as f64
     }
 }
@@ -90,14 +82,13 @@ async fn nine(cluster: &Cluster, client: &Client, ids: &[Uuid], dead: Option<&st
     }
     let mut relay = Relay::start(&cluster.url(DATABASE));
     sink.wait_for(ids.len() * GOOD, DRAIN).await;
-    assert_arrived(&sink, 0, ids, GOOD);
-    let arrivals = sink.arrivals(0);
-    let (first, last) = (arrivals[0].at_ns, arrivals[arrivals.len() - 1].at_ns);
+    let arrived = sink.arrivals(0);
+    arrivals::assert_each(&arrived, ids, GOOD);
     assert!(relay.terminate().await.success());
     for name in names.iter().map(String::as_str).chain(dead.map(|_| "dead")) {
         client.execute("SELECT dtm.unsubscribe($1)", &[&name]).await.expect("unsubscribe");
     }
-    arrivals.len() as f64 / ((last - first) as f64 / 1e9)
+    arrivals::rate(&arrived)
 }
 
 /// Runs the benchmark.

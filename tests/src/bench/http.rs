@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Delivering a backlog over HTTP, against a bare client that posts the same.
 
-use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -15,6 +14,7 @@ use super::processor::{Shares, Watch};
 use super::report::{Goal, Row};
 use super::sink::Sink;
 use super::statistics::Sample;
+use crate::arrivals;
 use crate::cluster::Cluster;
 use crate::relay::Relay;
 
@@ -41,12 +41,9 @@ pub async fn fill(cluster: &Cluster, client: &Client, events: usize) -> Vec<Uuid
 
 /// Events a second from the first arrival to the last; each of `ids` has arrived once, and nothing else.
 fn rate(sink: &Sink, ids: &[Uuid]) -> f64 {
-    let arrivals = sink.arrivals(0);
-    let arrived: HashSet<Uuid> = arrivals.iter().map(|arrival| arrival.id).collect();
-    assert_eq!(arrivals.len(), ids.len(), "something came twice, or did not come");
-    assert!(ids.iter().all(|id| arrived.contains(id)), "an event did not arrive");
-    let (first, last) = (arrivals[0].at_ns, arrivals[arrivals.len() - 1].at_ns);
-    (arrivals.len() - 1) as f64 / ((last - first) as f64 / 1e9)
+    let arrived = sink.arrivals(0);
+    arrivals::assert_each(&arrived, ids, 1);
+    arrivals::rate(&arrived)
 }
 
 async fn by_relay(cluster: &Cluster, client: &Client, ids: &[Uuid], run: usize) -> (f64, Shares) {
