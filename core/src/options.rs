@@ -115,6 +115,20 @@ pub const OPTIONS: &str = "timeout (duration, above 0, at most 1h), max_in_fligh
 /// The most headers that a subscription may add.
 const HEADERS_MAX: usize = 32;
 
+/// Credentials by their names: they must not stand in a table as text.
+const CREDENTIALS: [&str; 8] = [
+    "authorization",
+    "proxy-authorization",
+    "cookie",
+    "x-api-key",
+    "api-key",
+    "x-auth-token",
+    "x-access-token",
+    "x-amz-security-token",
+];
+/// Those of them that an event may not set, and a subscription may.
+const RESERVED_CREDENTIALS: [&str; 3] = ["authorization", "proxy-authorization", "cookie"];
+
 /// What is wrong with the options of a subscription.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OptionError {
@@ -231,12 +245,11 @@ fn headers(value: &Value) -> Option<BTreeMap<String, HeaderSource>> {
             None => HeaderSource::Text(text.to_owned()),
         };
         let lower = name.to_ascii_lowercase();
-        // What is a credential by its name must not stand in a table.
-        let is_credential = ["authorization", "proxy-authorization", "cookie"].contains(&lower.as_str());
-        match is_credential {
-            true if matches!(source, HeaderSource::Text(_)) => return None,
-            true => {}
-            false => check_subscription_name(name).ok()?,
+        if CREDENTIALS.contains(&lower.as_str()) && matches!(source, HeaderSource::Text(_)) {
+            return None;
+        }
+        if !RESERVED_CREDENTIALS.contains(&lower.as_str()) {
+            check_subscription_name(name).ok()?;
         }
         if found.insert(lower, source).is_some() {
             return None;
@@ -293,6 +306,7 @@ mod tests {
             json!({"x": "secret:"}),
             json!({"x": "secret:a b"}),
             json!({"authorization": "Bearer abc"}),
+            json!({"X-Api-Key": "abc"}),
             json!({"Cookie": "a=b"}),
             json!({"x": "a\nb"}),
             json!({"a b": "c"}),
