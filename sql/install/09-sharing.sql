@@ -72,6 +72,26 @@ BEGIN
 END
 $$;
 
+-- A relay begins a session: all that it owns gets new leases. What an earlier session of it has sent and the server has not
+-- come to yet is refused; what was stored before is read.
+CREATE FUNCTION dtm.relay_begin(relay uuid) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    segment smallint := (SELECT control_segment FROM dtm.installation);
+BEGIN
+    LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
+    WITH own AS MATERIALIZED (
+        SELECT o.subscription, o.shard FROM dtm.owners o WHERE o.relay = relay_begin.relay
+    ), first AS (
+        INSERT INTO dtm.lease_log_1 (token, subscription, shard, relay)
+        SELECT nextval('dtm.lease_token_seq'), o.subscription, o.shard, relay_begin.relay FROM own o WHERE segment = 1
+    )
+    INSERT INTO dtm.lease_log_2 (token, subscription, shard, relay)
+    SELECT nextval('dtm.lease_token_seq'), o.subscription, o.shard, relay_begin.relay FROM own o WHERE segment = 2;
+END
+$$;
+
 -- Gives units back, those whose newest lease is still the given one: another relay may take them at once.
 CREATE FUNCTION dtm.relay_give(relay uuid, subscriptions bigint[], shards int[], tokens bigint[]) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$

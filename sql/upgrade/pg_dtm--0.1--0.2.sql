@@ -368,6 +368,26 @@ BEGIN
 END
 $$;
 
+-- A relay begins a session: all that it owns gets new leases. What an earlier session of it has sent and the server has not
+-- come to yet is refused; what was stored before is read.
+CREATE FUNCTION dtm.relay_begin(relay uuid) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    segment smallint := (SELECT control_segment FROM dtm.installation);
+BEGIN
+    LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
+    WITH own AS MATERIALIZED (
+        SELECT o.subscription, o.shard FROM dtm.owners o WHERE o.relay = relay_begin.relay
+    ), first AS (
+        INSERT INTO dtm.lease_log_1 (token, subscription, shard, relay)
+        SELECT nextval('dtm.lease_token_seq'), o.subscription, o.shard, relay_begin.relay FROM own o WHERE segment = 1
+    )
+    INSERT INTO dtm.lease_log_2 (token, subscription, shard, relay)
+    SELECT nextval('dtm.lease_token_seq'), o.subscription, o.shard, relay_begin.relay FROM own o WHERE segment = 2;
+END
+$$;
+
 -- Gives units back, those whose newest lease is still the given one: another relay may take them at once.
 CREATE FUNCTION dtm.relay_give(relay uuid, subscriptions bigint[], shards int[], tokens bigint[]) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
@@ -456,12 +476,12 @@ $$;
 -- Moves cursors and settles events, all in one statement: an event is parked in the transaction that moves the cursor past it.
 -- A position is a stored one's id, or -k for the k-th of the new ones. "of" says, counted from 1, which cursor a settlement
 -- goes with: both are applied or neither. Fenced are those whose epoch or token is not the newest, busy those whose
--- subscription a user works on just now.
+-- subscription a user works on just now, broken those that speak of an event that is not in the log.
 CREATE FUNCTION dtm.relay_store(
     new_positions text[], subscriptions bigint[], shards int[], epochs bigint[], tokens bigint[],
     positions bigint[], targets bigint[], acked bigint[], ahead text[],
     "of" int[], seqs bigint[], what text[], attempts int[], next_in float8[], histories jsonb[],
-    OUT position_ids bigint[], OUT fenced int[], OUT busy int[])
+    OUT position_ids bigint[], OUT fenced int[], OUT busy int[], OUT broken int[])
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
@@ -472,10 +492,12 @@ BEGIN
     LOCK TABLE dtm.lease_log_1 IN ROW SHARE MODE;
     position_ids := dtm.store_positions(new_positions);
     busy := '{}';
+    broken := '{}';
     IF cardinality("of") > 0 THEN
         -- Before epochs are looked at: a user who is done by now has raised them.
         busy := ARRAY(SELECT o.at FROM (SELECT DISTINCT unnest("of") AS at) o
                       WHERE NOT dtm.try_settlements(subscriptions[o.at]) ORDER BY o.at);
+        broken := dtm.without_event("of", seqs, what);
     END IF;
     WITH asked AS (
         SELECT m.at::int AS at, m.subscription, m.shard, m.epoch, m.token, m.acked, m.ahead::bigint[] AS ahead,
@@ -483,7 +505,7 @@ BEGIN
                CASE WHEN m.target < 0 THEN position_ids[-m.target] ELSE m.target END AS target
         FROM unnest(subscriptions, shards, epochs, tokens, positions, targets, relay_store.acked, relay_store.ahead)
              WITH ORDINALITY AS m (subscription, shard, epoch, token, "position", target, acked, ahead, at)
-        WHERE m.at <> ALL (busy)
+        WHERE m.at <> ALL (busy) AND m.at <> ALL (broken)
     ), granted AS MATERIALIZED (
         SELECT nextval('dtm.cursor_id_seq') AS id, a.*
         FROM asked a
@@ -498,13 +520,21 @@ BEGIN
         SELECT id, subscription, shard, epoch, token, "position", target, acked, ahead FROM granted WHERE segment = 2
     )
     SELECT coalesce(array_agg(at), '{}') INTO moved FROM granted;
-    fenced := ARRAY(SELECT generate_subscripts(subscriptions, 1) EXCEPT SELECT unnest(moved) EXCEPT SELECT unnest(busy)
-                    ORDER BY 1);
+    fenced := ARRAY(SELECT generate_subscripts(subscriptions, 1) EXCEPT SELECT unnest(moved)
+                    EXCEPT SELECT unnest(busy) EXCEPT SELECT unnest(broken) ORDER BY 1);
     IF cardinality("of") > 0 THEN
         PERFORM dtm.settle(moved, subscriptions, "of", seqs, what, attempts, next_in, histories);
     END IF;
 END
 $$;
+
+-- The cursors that settlements go with whose event should be in the log and is not: somebody has truncated it by hand.
+-- enable_seqscan: a plan that was made while the log was empty must not read all of it a moment later.
+CREATE FUNCTION dtm.without_event("of" int[], seqs bigint[], what text[]) RETURNS int[]
+LANGUAGE sql STABLE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off
+RETURN ARRAY(
+    SELECT DISTINCT a."of" FROM unnest(without_event."of", without_event.seqs, without_event.what) AS a ("of", seq, what)
+    WHERE a.what IN ('park', 'bury') AND NOT EXISTS (SELECT FROM dtm.log l WHERE l.seq = a.seq));
 
 -- Settles events of those cursors that were moved.
 --   park   copies an event from the log, to be tried again
@@ -513,15 +543,12 @@ $$;
 --   die    makes a dead letter of a parked one
 --   done   forgets a parked one
 -- What is no longer parked was discarded meanwhile, or its subscription rewound: nothing is left to be done for it. What is
--- parked already, because its shard has begun anew before it, stays as it is.
--- enable_seqscan: a plan that was made while the log was empty must not read all of it a moment later.
+-- parked already, because its shard has begun anew before it, stays as it is. enable_seqscan: as above.
 CREATE FUNCTION dtm.settle(
     granted int[], subscriptions bigint[],
     "of" int[], seqs bigint[], what text[], attempts int[], next_in float8[], histories jsonb[]) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 #variable_conflict use_column
-DECLARE
-    missing bigint;
 BEGIN
     IF NOT what <@ ARRAY['park', 'bury', 'again', 'die', 'done'] THEN
         RAISE EXCEPTION USING
@@ -534,11 +561,10 @@ BEGIN
         WITH fresh AS MATERIALIZED (
             SELECT nextval('dtm.retry_seq') AS n, subscriptions[a."of"] AS subscription, a.seq, a.what, a.attempts,
                    clock_timestamp() + make_interval(secs => a.next_in) AS next_at, coalesce(a.history, '[]') AS history,
-                   l.seq IS NOT NULL AS found,
                    l.era, l.published_at, l.id, l.topic, l.key, l.content_type, l.headers, l.payload
             FROM unnest(settle."of", seqs, settle.what, settle.attempts, settle.next_in, histories)
                  WITH ORDINALITY AS a ("of", seq, what, attempts, next_in, history, at)
-            LEFT JOIN LATERAL (SELECT * FROM dtm.log e WHERE e.seq = a.seq LIMIT 1) l ON true
+            CROSS JOIN LATERAL (SELECT * FROM dtm.log e WHERE e.seq = a.seq LIMIT 1) l
             WHERE a."of" = ANY (granted) AND a.what IN ('park', 'bury')
             ORDER BY a.at
         ), parked AS (
@@ -546,25 +572,16 @@ BEGIN
                                    attempts, next_at, history)
             SELECT f.subscription, f.seq, f.n, f.era, f.published_at, f.id, f.topic, f.key, f.content_type, f.headers, f.payload,
                    f.attempts, f.next_at, f.history
-            FROM fresh f WHERE f.found AND f.what = 'park'
+            FROM fresh f WHERE f.what = 'park'
             ON CONFLICT DO NOTHING
-        ), buried AS (
-            INSERT INTO dtm.dead_letter AS d (subscription, seq, n, era, published_at, id, topic, key, content_type, headers,
-                                              payload, attempts, history)
-            SELECT f.subscription, f.seq, f.n, f.era, f.published_at, f.id, f.topic, f.key, f.content_type, f.headers,
-                   f.payload, f.attempts, f.history
-            FROM fresh f WHERE f.found AND f.what = 'bury'
-            ON CONFLICT (subscription, seq) DO UPDATE
-            SET attempts = excluded.attempts, history = d.history || excluded.history, died_at = excluded.died_at
         )
-        SELECT f.seq INTO missing FROM fresh f WHERE NOT f.found LIMIT 1;
-        IF FOUND THEN
-            RAISE EXCEPTION USING
-                ERRCODE = 'data_corrupted',
-                MESSAGE = 'an event that failed is not in the log',
-                DETAIL = format('Its sequence number is %s.', missing),
-                HINT = 'Has the log been truncated by hand? Nothing was stored; dtm.rewind sets the cursor past the gap.';
-        END IF;
+        INSERT INTO dtm.dead_letter AS d (subscription, seq, n, era, published_at, id, topic, key, content_type, headers,
+                                          payload, attempts, history)
+        SELECT f.subscription, f.seq, f.n, f.era, f.published_at, f.id, f.topic, f.key, f.content_type, f.headers,
+               f.payload, f.attempts, f.history
+        FROM fresh f WHERE f.what = 'bury'
+        ON CONFLICT (subscription, seq) DO UPDATE
+        SET attempts = excluded.attempts, history = d.history || excluded.history, died_at = excluded.died_at;
     END IF;
     IF what && ARRAY['again'] THEN
         UPDATE dtm.retry r
@@ -639,7 +656,8 @@ BEGIN
         RETURN false;
     END IF;
     LOCK TABLE dtm.lease_log_1 IN ROW SHARE MODE;
-    UPDATE dtm.subscription s SET state = 'disabled', reason = relay_disable.reason
+    -- The revision: if it is resumed before the relay looks again, that must see that something has happened.
+    UPDATE dtm.subscription s SET state = 'disabled', reason = relay_disable.reason, revision = s.revision + 1
     WHERE s.id = relay_disable.subscription AND s.epoch = relay_disable.epoch AND s.state = 'active'
       AND relay_disable.token = (SELECT l.token FROM dtm.lease_log l
                                  WHERE l.subscription = s.id AND l.shard = relay_disable.shard ORDER BY l.token DESC LIMIT 1);

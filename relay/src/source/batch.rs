@@ -14,7 +14,7 @@ use super::mark::Mark;
 use super::settlement::Settlement;
 
 /// The statement.
-pub(super) const SQL: &str = "SELECT position_ids, fenced, busy FROM \
+pub(super) const SQL: &str = "SELECT position_ids, fenced, busy, broken FROM \
      dtm.relay_store($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)";
 
 /// The arguments, column by column.
@@ -141,7 +141,7 @@ mod tests {
         for (subscription, cursor, settlements) in all {
             cursors.moved(&owner(subscription), cursor, settlements, true);
         }
-        let (mut moves, _) = cursors.take(Instant::now());
+        let mut moves = cursors.take(Instant::now());
         moves.sort_by_key(|entry| entry.owner.subscription);
         moves
     }

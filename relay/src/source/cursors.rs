@@ -46,6 +46,12 @@ pub struct Owner {
     pub fenced: CancellationToken,
 }
 
+impl Owner {
+    fn unit(&self) -> (i64, i32) {
+        (self.subscription, self.shard)
+    }
+}
+
 /// How far a subscription has come.
 #[derive(Clone, Debug)]
 pub struct Cursor {
@@ -68,23 +74,44 @@ pub(super) struct Move {
     due: Instant,
     /// It covers events, or settles some.
     soon: bool,
+    /// The number of the first of the moves that it is made of.
+    number: u64,
 }
 
 impl Move {
+    fn unit(&self) -> (i64, i32) {
+        self.owner.unit()
+    }
+
     /// Whether it was left by this owner: one of an earlier token or epoch would be refused.
     fn is_of(&self, owner: &Owner) -> bool {
         (self.owner.epoch, self.owner.token) == (owner.epoch, owner.token)
     }
 }
 
+/// A move whose statement is under way.
+struct UnderWay {
+    number: u64,
+    soon: bool,
+}
+
 #[derive(Default)]
 struct Waiting {
     /// The newest move of each subscription and shard: no more than there are pipelines.
     moves: HashMap<(i64, i32), Move>,
-    /// How many barriers were asked for.
-    barriers: u64,
-    /// Moves that cover events were taken, and it is not known yet whether they are stored.
-    under_way: bool,
+    /// It is not known yet whether these are stored.
+    under_way: HashMap<(i64, i32), UnderWay>,
+    /// How many moves have been left.
+    left: u64,
+}
+
+impl Waiting {
+    /// Whether a move with this number or an earlier one is neither stored nor refused.
+    fn has(&self, unit: (i64, i32), number: u64) -> bool {
+        let waits = self.moves.get(&unit).map(|entry| entry.number);
+        let under_way = self.under_way.get(&unit).map(|entry| entry.number);
+        waits.into_iter().chain(under_way).any(|earlier| earlier <= number)
+    }
 }
 
 /// Where pipelines leave their moves.
@@ -92,7 +119,8 @@ struct Waiting {
 pub struct Cursors {
     waiting: Mutex<Waiting>,
     arrived: Notify,
-    passed: watch::Sender<u64>,
+    /// Told when a statement has ended.
+    ended: watch::Sender<()>,
 }
 
 impl Cursors {
@@ -102,24 +130,30 @@ impl Cursors {
         let mut soon = soon || !settlements.is_empty();
         let mut due = if soon { now } else { now + IDLE_EVERY };
         let mut waiting = self.lock();
-        let key = (owner.subscription, owner.shard);
-        if let Some(mut earlier) = waiting.moves.remove(&key).filter(|earlier| earlier.is_of(owner)) {
+        waiting.left += 1;
+        let mut number = waiting.left;
+        if let Some(mut earlier) = waiting.moves.remove(&owner.unit()).filter(|earlier| earlier.is_of(owner))
+        {
             due = due.min(earlier.due);
             soon |= earlier.soon;
+            number = earlier.number;
             settlement::follow(&mut earlier.settlements, settlements);
             settlements = earlier.settlements;
         }
-        waiting.moves.insert(key, Move { owner: owner.clone(), cursor, settlements, due, soon });
+        waiting
+            .moves
+            .insert(owner.unit(), Move { owner: owner.clone(), cursor, settlements, due, soon, number });
         drop(waiting);
         self.arrived.notify_one();
     }
 
-    /// What was taken could not be stored: it is due again, before what has come since.
-    fn put_back(&self, moves: Vec<Move>, due: Instant) {
+    /// The statement has ended; these of what was taken are not stored yet, and due again before what has come since.
+    fn ended(&self, not_stored: Vec<Move>, due: Instant) {
         let mut waiting = self.lock();
-        for mut earlier in moves {
+        waiting.under_way.clear();
+        for mut earlier in not_stored {
             earlier.due = due;
-            match waiting.moves.entry((earlier.owner.subscription, earlier.owner.shard)) {
+            match waiting.moves.entry(earlier.unit()) {
                 Entry::Vacant(place) => {
                     place.insert(earlier);
                 }
@@ -129,50 +163,49 @@ impl Cursors {
                     later.settlements = earlier.settlements;
                     later.due = due;
                     later.soon |= earlier.soon;
+                    later.number = earlier.number;
                 }
                 // What an earlier owner left would be refused.
                 Entry::Occupied(_) => {}
             }
         }
-        waiting.under_way = false;
-    }
-
-    /// What was taken is stored, or refused for good.
-    fn settled(&self, barriers: u64) {
-        self.lock().under_way = false;
-        self.passed.send_replace(barriers);
+        drop(waiting);
+        self.ended.send_replace(());
     }
 
     /// Whether events are delivered that no stored cursor covers: they would be delivered again.
     pub fn has_unstored(&self) -> bool {
         let waiting = self.lock();
-        waiting.under_way || waiting.moves.values().any(|entry| entry.soon)
+        waiting.under_way.values().any(|entry| entry.soon) || waiting.moves.values().any(|entry| entry.soon)
     }
 
-    /// Waits until every move that was left before is stored or refused.
-    pub async fn barrier(&self) {
-        let mut passed = self.passed.subscribe();
-        let mine = {
+    /// Waits until every move that this owner has left is stored or refused. Others are not waited for: a user's transaction
+    /// may hold them up for long.
+    pub async fn barrier(&self, owner: &Owner) {
+        let mut ended = self.ended.subscribe();
+        let last = {
             let mut waiting = self.lock();
-            waiting.barriers += 1;
-            waiting.barriers
+            if let Some(entry) = waiting.moves.get_mut(&owner.unit()) {
+                entry.due = Instant::now();
+            }
+            waiting.left
         };
         self.arrived.notify_one();
-        let _ = passed.wait_for(|&passed| passed >= mine).await;
+        let _ = ended.wait_for(|()| !self.lock().has(owner.unit(), last)).await;
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes what is due, or all of it if somebody waits; and the number of barriers that are passed with it.
-    pub(super) fn take(&self, now: Instant) -> (Vec<Move>, u64) {
+    /// Takes what is due.
+    pub(super) fn take(&self, now: Instant) -> Vec<Move> {
         let mut waiting = self.lock();
-        let all = waiting.barriers > *self.passed.borrow();
         let due: Vec<Move> =
-            waiting.moves.extract_if(|_, entry| all || entry.due <= now).map(|(_, entry)| entry).collect();
-        waiting.under_way = due.iter().any(|entry| entry.soon);
-        (due, waiting.barriers)
+            waiting.moves.extract_if(|_, entry| entry.due <= now).map(|(_, entry)| entry).collect();
+        let under_way = |entry: &Move| (entry.unit(), UnderWay { number: entry.number, soon: entry.soon });
+        waiting.under_way = due.iter().map(under_way).collect();
+        due
     }
 
     fn next_due(&self) -> Option<Instant> {
@@ -194,29 +227,25 @@ impl Cursors {
 pub async fn follow(link: Link, cursors: Arc<Cursors>) -> Result<Infallible, SourceError> {
     let statement = link.prepare("preparing to move cursors", batch::SQL).await?;
     let mut told: Option<(SourceError, Instant)> = None;
+    let mut told_broken: Option<Instant> = None;
     loop {
         cursors.wait().await;
         let begun = Instant::now();
-        let (moves, barriers) = cursors.take(begun);
+        let mut moves = cursors.take(begun);
         if moves.is_empty() {
-            cursors.settled(barriers);
             continue;
         }
-        match store(&link, &statement, &moves).await {
-            Ok(busy) => {
+        match store(&link, &statement, &mut moves).await {
+            Ok(refused) => {
                 told = None;
-                let is_busy = |at: usize| i32::try_from(at + 1).is_ok_and(|place| busy.contains(&place));
-                let moves = moves.into_iter().enumerate().filter(|(at, _)| is_busy(*at));
-                let left: Vec<Move> = moves.map(|(_, entry)| entry).collect();
-                match left.is_empty() {
-                    true => cursors.settled(barriers),
-                    false => cursors.put_back(left, begun + EVERY),
-                }
+                complain(&refused.broken, &mut told_broken);
+                let again = begun + if refused.broken.is_empty() { EVERY } else { REFUSED };
+                cursors.ended(refused.not_stored, again);
                 tokio::time::sleep_until(begun + EVERY).await;
             }
             Err(error) => {
                 let now = Instant::now();
-                cursors.put_back(moves, now);
+                cursors.ended(moves, now);
                 if !error.spares_connection() {
                     return Err(error);
                 }
@@ -230,14 +259,42 @@ pub async fn follow(link: Link, cursors: Arc<Cursors>) -> Result<Infallible, Sou
     }
 }
 
-/// Stores moves in one statement. Answers the places, counted from 1, of those that have to wait: somebody changes their
-/// subscription at this moment.
-async fn store(link: &Link, statement: &Statement, moves: &[Move]) -> Result<Vec<i32>, SourceError> {
+/// What has to wait.
+struct Refused {
+    not_stored: Vec<Move>,
+    /// The ids of subscriptions that cannot be settled.
+    broken: Vec<i64>,
+}
+
+/// Stores moves in one statement. Those have to wait whose subscription somebody changes at this moment, and those that park
+/// an event that is not in the log.
+async fn store(link: &Link, statement: &Statement, moves: &mut Vec<Move>) -> Result<Refused, SourceError> {
     let batch = Batch::of(moves, Instant::now());
     let row = link.query_one("moving cursors", statement, &batch.parameters()).await?;
     batch.stored(row.get(0))?;
     refuse(moves, &row.get::<_, Vec<i32>>(1));
-    Ok(row.get(2))
+    let (busy, broken): (Vec<i32>, Vec<i32>) = (row.get(2), row.get(3));
+    let is_at = |places: &[i32], at: usize| i32::try_from(at + 1).is_ok_and(|place| places.contains(&place));
+    let mut refused = Refused { not_stored: Vec::new(), broken: Vec::new() };
+    for (at, entry) in std::mem::take(moves).into_iter().enumerate() {
+        if is_at(&broken, at) {
+            refused.broken.push(entry.owner.subscription);
+        }
+        if is_at(&broken, at) || is_at(&busy, at) {
+            refused.not_stored.push(entry);
+        }
+    }
+    Ok(refused)
+}
+
+fn complain(broken: &[i64], told: &mut Option<Instant>) {
+    let now = Instant::now();
+    if broken.is_empty() || told.is_some_and(|at| now < at + TELL_EVERY) {
+        return;
+    }
+    *told = Some(now);
+    let hint = "has the log been truncated by hand? dtm.rewind sets a cursor past the gap";
+    tracing::error!(subscriptions = ?broken, hint, "events that failed are not in the log: these cursors stand still");
 }
 
 /// Those at these places, counted from 1, are no longer their owner's to move.

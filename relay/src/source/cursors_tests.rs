@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: PostgreSQL
 
 use dtm_core::position::Position;
+use futures_util::FutureExt as _;
 
 use super::super::settlement::Leave;
 use super::*;
@@ -31,12 +32,12 @@ fn what_was_delivered_is_due_at_once_and_the_rest_later() {
     cursors.moved(&owner(1), cursor(0), Vec::new(), false);
     cursors.moved(&owner(2), cursor(0), Vec::new(), true);
     cursors.moved(&owner(3), cursor(0), vec![done(1)], false);
-    let (due, _) = cursors.take(Instant::now());
+    let due = cursors.take(Instant::now());
     let mut subscriptions: Vec<i64> = due.iter().map(|entry| entry.owner.subscription).collect();
     subscriptions.sort_unstable();
     assert_eq!(subscriptions, [2, 3]);
-    assert!(cursors.take(Instant::now()).0.is_empty());
-    assert_eq!(cursors.take(Instant::now() + IDLE_EVERY).0.len(), 1);
+    assert!(cursors.take(Instant::now()).is_empty());
+    assert_eq!(cursors.take(Instant::now() + IDLE_EVERY).len(), 1);
 }
 
 #[test]
@@ -44,7 +45,7 @@ fn a_later_move_replaces_an_earlier_cursor_and_settles_in_order() {
     let cursors = Cursors::default();
     cursors.moved(&owner(1), cursor(1), vec![done(1)], true);
     cursors.moved(&owner(1), cursor(2), vec![done(2)], false);
-    let (due, _) = cursors.take(Instant::now());
+    let due = cursors.take(Instant::now());
     assert_eq!((due.len(), due[0].cursor.acked, seqs(&due[0])), (1, 2, vec![1, 2]));
 }
 
@@ -53,10 +54,10 @@ fn what_could_not_be_stored_comes_before_what_came_since() {
     let cursors = Cursors::default();
     cursors.moved(&owner(1), cursor(1), vec![done(1)], true);
     cursors.moved(&owner(2), cursor(1), vec![done(9)], true);
-    let (failed, _) = cursors.take(Instant::now());
+    let failed = cursors.take(Instant::now());
     cursors.moved(&owner(1), cursor(2), vec![done(2)], true);
-    cursors.put_back(failed, Instant::now());
-    let (due, _) = cursors.take(Instant::now());
+    cursors.ended(failed, Instant::now());
+    let due = cursors.take(Instant::now());
     let first = due.iter().find(|entry| entry.owner.subscription == 1).unwrap();
     assert_eq!((due.len(), first.cursor.acked, seqs(first)), (2, 2, vec![1, 2]));
 }
@@ -65,12 +66,12 @@ fn what_could_not_be_stored_comes_before_what_came_since() {
 fn what_an_earlier_owner_left_is_void() {
     let cursors = Cursors::default();
     cursors.moved(&owner(1), cursor(1), vec![done(1)], true);
-    let (failed, _) = cursors.take(Instant::now());
+    let failed = cursors.take(Instant::now());
     let later = Owner { token: 2, ..owner(1) };
     cursors.moved(&later, cursor(2), vec![done(2)], true);
-    cursors.put_back(failed, Instant::now());
+    cursors.ended(failed, Instant::now());
     cursors.moved(&Owner { token: 3, ..owner(1) }, cursor(3), vec![done(3)], true);
-    let (due, _) = cursors.take(Instant::now());
+    let due = cursors.take(Instant::now());
     assert_eq!((due.len(), due[0].cursor.acked, seqs(&due[0])), (1, 3, vec![3]));
 }
 
@@ -80,7 +81,7 @@ fn only_the_refused_are_fenced() {
     for subscription in [1, 2] {
         cursors.moved(&owner(subscription), cursor(1), Vec::new(), true);
     }
-    let (moves, _) = cursors.take(Instant::now());
+    let moves = cursors.take(Instant::now());
     refuse(&moves, &[2]);
     assert!(!moves[0].owner.fenced.is_cancelled() && moves[1].owner.fenced.is_cancelled());
 }
@@ -92,11 +93,32 @@ fn what_is_delivered_and_not_stored_is_known() {
     assert!(!cursors.has_unstored(), "nothing for it came by");
     cursors.moved(&owner(1), cursor(2), Vec::new(), true);
     assert!(cursors.has_unstored());
-    let (moves, barriers) = cursors.take(Instant::now());
+    let moves = cursors.take(Instant::now());
     assert!(cursors.has_unstored(), "it is under way");
-    cursors.put_back(moves, Instant::now());
+    cursors.ended(moves, Instant::now());
     assert!(cursors.has_unstored());
-    let (_, _) = cursors.take(Instant::now());
-    cursors.settled(barriers);
+    cursors.take(Instant::now());
+    cursors.ended(Vec::new(), Instant::now());
     assert!(!cursors.has_unstored());
+}
+
+#[tokio::test]
+async fn a_barrier_waits_for_its_own_moves_and_for_no_others() {
+    let cursors = Cursors::default();
+    let is_passed = async |owner: &Owner| cursors.barrier(owner).now_or_never().is_some();
+    cursors.moved(&owner(1), cursor(1), Vec::new(), false);
+    cursors.moved(&owner(2), cursor(1), Vec::new(), true);
+    assert!(is_passed(&owner(3)).await && !is_passed(&owner(1)).await);
+    let taken = cursors.take(Instant::now());
+    assert_eq!(taken.len(), 2, "a barrier makes its move due");
+    cursors.moved(&owner(1), cursor(2), Vec::new(), true);
+    let (busy, stored): (Vec<Move>, Vec<Move>) =
+        taken.into_iter().partition(|entry| entry.owner.subscription == 2);
+    drop(stored);
+    cursors.ended(busy, Instant::now());
+    assert!(!is_passed(&owner(2)).await, "somebody works on its subscription");
+    assert!(!is_passed(&owner(1)).await, "what came since was left before this barrier");
+    cursors.take(Instant::now());
+    cursors.ended(Vec::new(), Instant::now());
+    assert!(is_passed(&owner(1)).await && is_passed(&owner(2)).await);
 }

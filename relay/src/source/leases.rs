@@ -96,6 +96,7 @@ pub async fn follow(
     let sql = format!("SELECT {columns} FROM dtm.relay_assign($1, $2, $3)");
     let beat = link.prepare("renewing leases", &sql).await?;
     let give = link.prepare("giving up leases", "SELECT dtm.relay_give($1, $2, $3, $4)").await?;
+    link.query("beginning with new leases", "SELECT dtm.relay_begin($1)", &[&identity.relay]).await?;
     let seconds = identity.lease.as_secs_f64();
     let mut beats = tokio::time::interval((identity.lease / 3).min(Duration::from_secs(1)));
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -220,18 +220,21 @@ async fn what_is_fenced_or_busy_changes_nothing_at_all() {
 }
 
 #[tokio::test]
-async fn an_event_that_the_log_does_not_have_stops_the_whole_report() {
+async fn an_event_that_the_log_does_not_have_holds_up_its_own_cursor_alone() {
     let shop = Shop::open(json!({})).await;
     let seq = shop.publish("t", None).await;
-    let both = [("park", seq, 1, Some(1.0), json!([])), ("bury", seq + 1, 1, None, json!([]))];
-    let error = report(&shop.client, (shop.id, 1, shop.token), seq, &both).await.expect_err("no such event");
-    assert_eq!(error.code().map(|code| code.code()), Some("XX001"));
+    let sql = "SELECT fenced, busy, broken FROM dtm.relay_store(ARRAY['1|9|9|9:9:|'], ARRAY[$1::bigint, $1], '{0,0}', '{1,1}', \
+               ARRAY[$2::bigint, $2], '{-1,-1}', '{-1,-1}', '{5,6}', '{NULL,NULL}', '{1,1,2}', \
+               ARRAY[$3::bigint, $3 + 1, $3], '{park,bury,park}', '{1,1,1}', '{1,1,1}', ARRAY[NULL, NULL, NULL]::jsonb[])";
+    let row = shop.client.query_one(sql, &[&shop.id, &shop.token, &seq]).await.expect("a report");
+    let places = |column: usize| row.get::<_, Vec<i32>>(column);
+    assert_eq!((places(0), places(1), places(2)), (vec![], vec![], vec![1]));
+    assert_eq!((shop.acked().await, shop.numbers("SELECT seq FROM dtm.retry").await), (6, vec![seq]));
+    assert_eq!(shop.number("SELECT count(*) FROM dtm.cursor_log WHERE token > 0").await, 1);
     let unknown = [("forget", seq, 1, None, json!([]))];
     let error =
         report(&shop.client, (shop.id, 1, shop.token), seq, &unknown).await.expect_err("no such report");
     assert_eq!(error.code().map(|code| code.code()), Some("22023"));
-    assert_eq!(shop.number("SELECT count(*) FROM dtm.retry").await, 0);
-    assert_eq!(shop.number("SELECT count(*) FROM dtm.cursor_log WHERE token > 0").await, 0);
 }
 
 #[tokio::test]
@@ -467,6 +470,7 @@ async fn the_owner_disables_a_subscription_and_resume_ends_that() {
     }
     let row = shop.client.query_one("SELECT state, reason FROM dtm.subscriptions", &[]).await.expect("it");
     assert_eq!((row.get::<_, &str>(0), row.get::<_, &str>(1)), ("disabled", "gone (410)"));
+    assert_eq!(shop.revision().await, 1, "a relay sees it also if it is resumed before it looks");
     assert!(shop.client.query(ASSIGN, &[]).await.expect("units").is_empty());
     shop.client.execute("SELECT dtm.resume('s')", &[]).await.expect("resume");
     let row = shop.client.query_one(ASSIGN, &[]).await.expect("its unit");

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use dtm_tests::cluster::Cluster;
 use serde_json::{Value, json};
 use tokio_postgres::Client;
+use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 use crate::reading::window;
@@ -162,6 +163,27 @@ async fn what_a_dead_relay_had_is_taken_when_its_lease_ends() {
         owned.values().all(|owned| owned.release == newest.contains(&owned.token)),
         "the newest are given"
     );
+}
+
+#[tokio::test]
+async fn what_an_earlier_session_of_a_relay_has_sent_and_comes_late_moves_nothing() {
+    let (_cluster, client) = shop(&[("s", 2), ("t", 1)]).await;
+    let before = assign(&client, 1, MINUTE).await;
+    client.execute("SELECT dtm.relay_begin($1)", &[&relay(1)]).await.expect("a new session");
+    let after = assign(&client, 1, MINUTE).await;
+    assert_eq!((before.len(), after.keys().collect::<Vec<_>>()), (3, before.keys().collect()));
+    let sql = "SELECT fenced FROM dtm.relay_store(ARRAY[dtm.relay_poll(NULL)], ARRAY[$1::bigint], ARRAY[$2::int], \
+               ARRAY[$3::bigint], ARRAY[$4::bigint], '{-1}', '{NULL}', '{0}', '{NULL}', '{}', '{}', '{}', '{}', '{}', '{}')";
+    for (owned, fenced) in [(&before, vec![1]), (&after, vec![])] {
+        for ((_, shard), owned) in owned {
+            let parameters: [&(dyn ToSql + Sync); 4] =
+                [&owned.subscription, shard, &owned.epoch, &owned.token];
+            let row = client.query_one(sql, &parameters).await.expect("a report");
+            assert_eq!(row.get::<_, Vec<i32>>(0), fenced);
+        }
+    }
+    client.execute("SELECT dtm.relay_begin($1)", &[&relay(2)]).await.expect("a session that owns nothing");
+    assert_eq!(assign(&client, 1, MINUTE).await, after);
 }
 
 #[tokio::test]
