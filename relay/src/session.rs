@@ -34,8 +34,11 @@ const READERS: usize = 2;
 /// Leases that wait to be given up; more are with the next heartbeat.
 const GIVEN: usize = 64;
 
-/// What storing the last cursors and giving up the leases may take.
-const FAREWELL: Duration = Duration::from_secs(4);
+/// What storing the last cursors may take, beyond what is in flight.
+const STORING: Duration = Duration::from_secs(2);
+
+/// What giving up the leases may take.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Tasks that each have a connection of their own: one that waits holds up no other.
 type Roles = JoinSet<Result<(), SourceError>>;
@@ -59,6 +62,8 @@ pub struct Session {
     cursors: Arc<Cursors>,
     assignments: watch::Receiver<Assignments>,
     release: CancellationToken,
+    /// How long its pipelines may take to end.
+    patience: Duration,
 }
 
 impl Session {
@@ -127,7 +132,8 @@ impl Session {
         roles.spawn(leases::follow(lease_link, identity, told, release.clone()).in_current_span());
         roles.spawn(endless(cursors::follow(cursor_link, cursors.clone())).in_current_span());
         roles.spawn(endless(due::follow(due_link)).in_current_span());
-        Ok(Session { roles, deliveries: Deliveries::new(common), cursors, assignments, release })
+        let (deliveries, patience) = (Deliveries::new(common), config.shutdown + STORING);
+        Ok(Session { roles, deliveries, cursors, assignments, release, patience })
     }
 
     async fn work(&mut self, stop: &CancellationToken) -> Result<(), SourceError> {
@@ -157,13 +163,20 @@ impl Session {
         self.deliveries.reconcile(assigned.as_deref().map_or(&[], Vec::as_slice));
     }
 
-    /// Waits for what is in flight, stores the last cursors and gives up the leases. Heartbeats go on meanwhile.
+    /// Waits for what is in flight, stores the last cursors and gives up the leases. Heartbeats go on meanwhile. A cursor that
+    /// somebody else's transaction holds up is given up in the end, and holds up no other.
     async fn stop(&mut self) -> Result<(), SourceError> {
         self.deliveries.reconcile(&[]);
+        let patience = tokio::time::sleep(self.patience);
+        tokio::pin!(patience);
         while !self.deliveries.is_empty() {
             tokio::select! {
                 Some(role) = self.roles.join_next() => return Err(why(role)),
                 ended = self.deliveries.ended() => ended?,
+                () = &mut patience => {
+                    tracing::error!("some cursors could not be stored: what was delivered since is repeated");
+                    self.deliveries.abort().await;
+                }
             }
         }
         self.release.cancel();

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use dtm_tests::cluster::Cluster;
 use dtm_tests::process;
-use dtm_tests::receiver::{Receiver, Reply};
+use dtm_tests::receiver::{Received, Receiver, Reply};
 use dtm_tests::relay::Relay;
 use tokio_postgres::Client;
 
@@ -148,4 +148,48 @@ async fn sigterm_does_not_wait_for_a_database_that_stores_nothing_and_exits_with
     let asked_at = Instant::now();
     assert_eq!(relay.terminate().await.code(), Some(1));
     assert!(asked_at.elapsed() < Duration::from_secs(15), "it took {:?}", asked_at.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_at_work_on_one_subscription_holds_up_no_other_and_no_other_relay() {
+    let cluster = Cluster::builder().preload().start().await;
+    cluster.create_database("shop").await;
+    let client = cluster.connect("shop").await;
+    let is_refused = |r: &Received| r.target.ends_with("bad") && number(r) == 7;
+    let receiver = Receiver::start_with(move |r| Reply::status(if is_refused(r) { 413 } else { 200 })).await;
+    for name in ["good", "bad"] {
+        let sql = "SELECT dtm.subscribe($1, 't', $2)";
+        let url = format!("{}/{name}", receiver.url());
+        client.execute(sql, &[&name, &url]).await.expect("subscribe");
+    }
+    let toml = format!("shutdown = 1\n[database.shop]\nurl = \"{}\"\n", cluster.url("shop"));
+    let mut relay = Relay::start_configured(&toml);
+    let user = cluster.connect("shop").await;
+    let work = "BEGIN; SELECT dtm.discard('bad', everything => true)";
+    user.batch_execute(work).await.expect("a user at work");
+    publish(&client, "t", 1, 20).await;
+    let stored = async || {
+        process::eventually(DEADLINE, || async {
+            let sql = "SELECT lag_events FROM dtm.subscriptions WHERE name = 'good'";
+            let lag: i64 = client.query_one(sql, &[]).await.expect("lag").get(0);
+            (lag == 0).then_some(())
+        })
+        .await
+        .expect("the cursor of the other is stored")
+    };
+    stored().await;
+    let stopping = Instant::now();
+    let code = relay.terminate().await.code();
+    assert!(stopping.elapsed() < DEADLINE, "it waited for the user");
+    let owned = "SELECT count(*) FROM dtm.owners WHERE alive";
+    assert_eq!(
+        client.query_one(owned, &[]).await.expect("owners").get::<_, i64>(0),
+        0,
+        "leases are given up"
+    );
+    assert_eq!(code, Some(1), "what the user holds up is not stored");
+    relay.restart();
+    publish(&client, "t", 21, 30).await;
+    stored().await;
+    user.batch_execute("COMMIT").await.expect("COMMIT");
 }
