@@ -37,6 +37,30 @@ pub struct Event {
     pub payload: Option<Bytes>,
 }
 
+impl Event {
+    /// How many bytes its texts and its payload have, the content type left out: as dtm.relay_parked counts them.
+    pub fn size(&self) -> usize {
+        let length = |text: &Option<ByteString>| text.as_ref().map_or(0, |text| text.len());
+        self.topic.len()
+            + length(&self.key)
+            + length(&self.headers)
+            + self.payload.as_ref().map_or(0, Bytes::len)
+    }
+
+    /// A copy that shares no memory with the page that the event came in.
+    pub fn detached(&self) -> Self {
+        let copy = |text: &ByteString| ByteString::from(&**text);
+        Event {
+            topic: copy(&self.topic),
+            key: self.key.as_ref().map(copy),
+            content_type: copy(&self.content_type),
+            headers: self.headers.as_ref().map(copy),
+            payload: self.payload.as_ref().map(|payload| Bytes::copy_from_slice(payload)),
+            ..*self
+        }
+    }
+}
+
 /// Some events of a window, in the order of the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Page {

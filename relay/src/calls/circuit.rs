@@ -3,8 +3,8 @@
 //!
 //! A circuit is closed while a service works: then a failure is charged to what was sent. It opens when calls of several
 //! parties failed in a row without a success between: then the service is down, and nobody is charged. A party is what
-//! fails by itself, such as a key. While it is open, a few calls of different parties are let through from time to time; one
-//! success closes it.
+//! fails by itself, such as a key. While it is open, a few calls of different parties are let through from time to time, of
+//! one that has not had its turn before one that has; one success closes it.
 
 use std::collections::HashSet;
 use std::hash::Hash;
@@ -20,6 +20,8 @@ const FAILURES: u32 = 5;
 const PARTIES: usize = 3;
 /// Calls that are let through at once while it is open.
 const PROBES: usize = 3;
+/// Of so many parties it is known that they had their turn as probes; then the turns begin anew.
+const TURNS: usize = 10_000;
 
 /// A circuit; `P` names a party.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ pub struct Circuit<P> {
     succeeded: Option<P>,
     /// When it is open: when the next probes may go, and how many rounds of them have failed.
     open: Option<(Instant, u32)>,
+    /// Parties that failed while it is open, in this round of turns.
+    probed: HashSet<P>,
 }
 
 /// Whom a failure is charged to.
@@ -49,7 +53,8 @@ pub enum Blame {
 impl<P: Clone + Eq + Hash> Circuit<P> {
     /// A closed circuit. `probes`: the pauses between rounds of probes once it is open.
     pub fn new(probes: Schedule) -> Self {
-        Circuit { probes, failures: 0, failed: HashSet::new(), succeeded: None, open: None }
+        let (failed, probed) = (HashSet::new(), HashSet::new());
+        Circuit { probes, failures: 0, failed, succeeded: None, open: None, probed }
     }
 
     /// Whether the service counts as down.
@@ -74,15 +79,27 @@ impl<P: Clone + Eq + Hash> Circuit<P> {
             None => true,
             Some((at, _)) => {
                 let is_new = self.failed.len() < PARTIES && !self.failed.contains(party);
-                in_flight < PROBES && (at <= now || is_new)
+                in_flight < PROBES && (is_new || at <= now && self.has_turn(party))
             }
         }
+    }
+
+    /// Whether a party has not been heard yet in this round of turns, which goes on over all rounds of probes: among parties
+    /// that fail by their own fault, the one that does not is found however many they are.
+    pub fn has_turn(&self, party: &P) -> bool {
+        !self.probed.contains(party)
+    }
+
+    /// All that wait have had their turn.
+    pub fn begin_turns(&mut self) {
+        self.probed.clear();
     }
 
     /// A call of a party was a success: the service works.
     pub fn succeeded(&mut self, party: &P) {
         self.failures = 0;
         self.failed.clear();
+        self.probed.clear();
         self.open = None;
         if self.succeeded.as_ref() != Some(party) {
             self.succeeded = Some(party.clone());
@@ -103,7 +120,7 @@ impl<P: Clone + Eq + Hash> Circuit<P> {
             self.failed.insert(party.clone());
         }
         if self.open.is_some() {
-            self.postpone(now, random);
+            self.probe_failed(party, now, random);
             return Blame::Service;
         }
         if self.failures >= FAILURES && self.failed.len() >= PARTIES.min(waiting) {
@@ -120,7 +137,7 @@ impl<P: Clone + Eq + Hash> Circuit<P> {
             self.failed.insert(party.clone());
         }
         if self.open.is_some() {
-            self.postpone(now, random);
+            self.probe_failed(party, now, random);
             return Blame::Service;
         }
         self.open = Some((now + self.pause(1, random), 1));
@@ -128,7 +145,11 @@ impl<P: Clone + Eq + Hash> Circuit<P> {
     }
 
     /// The first of a round of probes that fails puts off the next round.
-    fn postpone(&mut self, now: Instant, random: f64) {
+    fn probe_failed(&mut self, party: &P, now: Instant, random: f64) {
+        if self.probed.len() >= TURNS {
+            self.probed.clear();
+        }
+        self.probed.insert(party.clone());
         if let Some((at, rounds)) = self.open
             && at <= now
         {
@@ -200,6 +221,8 @@ mod tests {
             assert!(circuit.admits(&1, PROBES - 1, at) && !circuit.admits(&1, PROBES, at));
             fail(&mut circuit, &[1, 2, 3], 3, at);
             at += ms(pause);
+            assert!(!circuit.admits(&1, 0, at) && circuit.admits(&4, 0, at), "others have their turn first");
+            circuit.begin_turns();
         }
         circuit.succeeded(&1);
         assert!(circuit.admits(&1, 1_000, at));

@@ -60,6 +60,8 @@ pub struct Share {
     budget: Budget,
     held: Arc<AtomicUsize>,
     limit: usize,
+    /// Whoever has it has the room that is there in any case.
+    extra: Arc<()>,
 }
 
 /// Room for a page that is being read.
@@ -67,6 +69,7 @@ pub struct Share {
 pub struct Room {
     charge: Charge,
     bytes: usize,
+    extra: Option<Arc<()>>,
 }
 
 /// A page in memory, until the last of its events is dropped.
@@ -74,12 +77,13 @@ pub struct Room {
 pub struct Held {
     _of_all: Charge,
     _of_share: Charge,
+    _extra: Option<Arc<()>>,
 }
 
 impl Share {
     /// A share that never holds more than `limit` bytes and one page.
     pub fn new(budget: Budget, limit: usize) -> Self {
-        Share { budget, held: Arc::default(), limit }
+        Share { budget, held: Arc::default(), limit, extra: Arc::default() }
     }
 
     /// Room for a page of about so many bytes; `None`: first something has to be delivered.
@@ -89,15 +93,25 @@ impl Share {
             return None;
         }
         match self.budget.take(bytes) {
-            Some(charge) => Some(Room { charge, bytes }),
-            None if held == 0 => {
-                let mut charge = Charge::nothing(&self.budget.used);
-                let bytes = bytes.min(ALWAYS);
-                charge.amount_to(bytes);
-                Some(Room { charge, bytes })
-            }
+            Some(charge) => Some(Room { charge, bytes, extra: None }),
+            None if held == 0 => Some(self.beyond(bytes)),
             None => None,
         }
+    }
+
+    /// The same for what everything else that is held may wait for: a little of it, one page at a time, always has room.
+    pub fn room_in_any_case(&self, bytes: usize) -> Option<Room> {
+        self.room(bytes).or_else(|| {
+            let is_free = Arc::strong_count(&self.extra) == 1;
+            is_free.then(|| Room { extra: Some(self.extra.clone()), ..self.beyond(bytes) })
+        })
+    }
+
+    fn beyond(&self, bytes: usize) -> Room {
+        let mut charge = Charge::nothing(&self.budget.used);
+        let bytes = bytes.min(ALWAYS);
+        charge.amount_to(bytes);
+        Room { charge, bytes, extra: None }
     }
 
     /// The bytes that it holds.
@@ -111,7 +125,7 @@ impl Share {
         let (mut of_all, mut of_share) = (room.charge, Charge::nothing(&self.held));
         of_all.amount_to(bytes);
         of_share.amount_to(bytes);
-        Arc::new(Held { _of_all: of_all, _of_share: of_share })
+        Arc::new(Held { _of_all: of_all, _of_share: of_share, _extra: room.extra })
     }
 }
 
@@ -189,5 +203,19 @@ mod tests {
         assert_eq!(room.bytes(), ALWAYS);
         let _page = other.hold(room, 10);
         assert!(other.room(1).is_none(), "the second page has to wait");
+    }
+
+    #[test]
+    fn what_all_else_waits_for_has_room_one_page_at_a_time() {
+        let budget = Budget::new(10_000);
+        let share = Share::new(budget.clone(), 1_000);
+        let full = share.hold(share.room(1_000).unwrap(), 1_000);
+        assert!(share.room(1).is_none());
+        let first = share.hold(share.room_in_any_case(500).unwrap(), 700);
+        assert!(share.room_in_any_case(500).is_none(), "the first is held still");
+        drop(first);
+        assert!(share.room_in_any_case(500).is_some());
+        drop(full);
+        assert_eq!(used(&budget), 0);
     }
 }

@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use bytestring::ByteString;
 use dtm_core::options::Ordering;
 use dtm_core::page::Event;
 use tokio::time::Instant;
@@ -14,17 +13,17 @@ use super::windows::Ticket;
 /// What keeps its order by itself: the events of a key, or a single event without one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum LaneName {
-    /// All events of a key.
-    Key(ByteString),
+    /// All events of a key. It outlives the page that the event came in, and shares no memory with it.
+    Key(Arc<str>),
     /// The event with this sequence number.
     Own(i64),
 }
 
 impl LaneName {
     /// The lane of an event.
-    pub fn of(seq: i64, key: Option<&ByteString>, ordering: Ordering) -> Self {
+    pub fn of(seq: i64, key: Option<&str>, ordering: Ordering) -> Self {
         match key {
-            Some(key) if ordering == Ordering::Key => LaneName::Key(key.clone()),
+            Some(key) if ordering == Ordering::Key => LaneName::Key(key.into()),
             _ => LaneName::Own(seq),
         }
     }
@@ -54,17 +53,6 @@ pub struct Delivery {
     pub held: Arc<Held>,
 }
 
-impl Delivery {
-    /// How much memory the event stands for, about.
-    pub fn size(&self) -> usize {
-        let event = &self.event;
-        let texts = event.topic.len() + event.key.as_ref().map_or(0, |key| key.len());
-        texts
-            + event.headers.as_ref().map_or(0, |h| h.len())
-            + event.payload.as_ref().map_or(0, bytes::Bytes::len)
-    }
-}
-
 /// A row of dtm.retry as a pipeline remembers it: the event itself is read when it is due.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
@@ -76,11 +64,18 @@ pub struct Row {
     pub attempts: u32,
     /// When it is due; `None`: when it is the first of its lane.
     pub next: Option<Instant>,
+    /// It is a dead letter: what follows on its lane waits until that is redriven or discarded.
+    pub blocks: bool,
 }
 
 impl Row {
     /// The row that an event has, or is about to get.
     pub fn of(delivery: &Delivery, attempts: u32, next: Option<Instant>) -> Self {
-        Row { seq: delivery.event.seq, bytes: delivery.size(), attempts, next }
+        Row { seq: delivery.event.seq, bytes: delivery.event.size(), attempts, next, blocks: false }
+    }
+
+    /// What stands for a dead letter that blocks its lane.
+    pub fn blocking(seq: i64) -> Self {
+        Row { seq, bytes: 0, attempts: 0, next: None, blocks: true }
     }
 }

@@ -2,7 +2,7 @@
 //! A pipeline without its I/O: which events wait, which may go, whose fault a failure is, what is parked and what is dead,
 //! and how far all are settled.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,10 +12,11 @@ use tokio::time::Instant;
 
 use super::budget::Held;
 use super::delivery::{Delivery, LaneName, Place, Row};
-use super::lanes::{Lanes, Stage};
+use super::lane::{Charges, Unloaded};
+use super::lanes::Lanes;
 use super::reader::{FlowProgress, Piece, Reader, UnknownEra};
 use super::windows::{Ahead, Frontier, Progress};
-use crate::calls::circuit::{Blame, Circuit};
+use crate::calls::circuit::Circuit;
 use crate::calls::outcome::{Class, Outcome};
 use crate::calls::pace::Pace;
 use crate::calls::schedule::Schedule;
@@ -29,6 +30,8 @@ const PROBE_EVERY_MAX: Duration = Duration::from_secs(30);
 const PROBED_LANES: usize = 3;
 /// Lanes whose parked events are read at once.
 const LOADED_LANES: usize = 32;
+/// A pipeline that stands still since no more may be parked looks again after this, if nothing has been unparked before.
+const STALLED: Duration = Duration::from_secs(30);
 
 /// What may be parked.
 #[derive(Clone, Copy, Debug)]
@@ -72,9 +75,13 @@ pub struct Flow {
     in_flight: usize,
     /// Parked when the pipeline began: after the number of shards was changed the log can bring some of them once more.
     known: HashSet<i64>,
-    /// Lanes whose head has failed since the last success.
-    suspects: Vec<LaneName>,
+    /// Lanes whose head has failed since the last success, or has no attempts left: it dies with the next one.
+    suspects: HashSet<LaneName>,
     settlements: Vec<Settlement>,
+    /// By sequence number, heads that were forgotten and that something is charged to; they are read again.
+    unloaded: HashMap<i64, (Charges, Option<Instant>)>,
+    /// The log is not read before this time.
+    read_after: Option<Instant>,
 }
 
 impl Flow {
@@ -112,8 +119,10 @@ impl Flow {
             parked: ParkingBounds { events: 0, bytes: 0 },
             in_flight: 0,
             known: parked.iter().map(|parked| parked.seq).collect(),
-            suspects: Vec::new(),
+            suspects: HashSet::new(),
             settlements: Vec::new(),
+            unloaded: HashMap::new(),
+            read_after: None,
         };
         parked.into_iter().for_each(|parked| flow.remember(parked, now));
         Ok(flow)
@@ -121,19 +130,42 @@ impl Flow {
 
     fn remember(&mut self, parked: Parked, now: Instant) {
         let Parked { key, seq, bytes, attempts, next_in, blocks } = parked;
-        let name = LaneName::of(seq, key.as_ref(), self.ordering);
+        let name = LaneName::of(seq, key.as_deref(), self.ordering);
         if blocks {
-            return self.lanes.block(name);
+            return self.lanes.push_row(name, Row::blocking(seq));
         }
         self.parked.events += 1;
         self.parked.bytes += bytes;
         let next = next_in.map(|next_in| now + next_in);
-        self.lanes.push_row(name, Row { seq, bytes, attempts, next });
+        self.suspect_if_over(&name, attempts);
+        self.lanes.push_row(name, Row { seq, bytes, attempts, next, blocks });
     }
 
     /// Whether it wants to read on. While the endpoint is down nothing is read but what probes need, and what is `small`.
     pub fn wants_page(&self, small: bool, now: Instant) -> bool {
-        !self.circuit.is_open() || small || self.circuit.may_probe(now) && self.lanes.waiting() < PROBED_LANES
+        let may_read = self.read_after.is_none_or(|at| at <= now);
+        may_read && (!self.circuit.is_open() || small || self.lacking_probes(now) > 0)
+    }
+
+    /// How many lanes that have not had their turn are to be in memory yet, if probes may go.
+    fn lacking_probes(&self, now: Instant) -> usize {
+        if !self.circuit.may_probe(now) {
+            return 0;
+        }
+        let waiting = self.lanes.ready().filter(|lane| self.circuit.has_turn(lane));
+        PROBED_LANES.saturating_sub(waiting.take(PROBED_LANES).count())
+    }
+
+    /// Nothing can be read just now, because there is nothing or no room for it: if probes may go and all that is in memory
+    /// has had its turn, the turns begin anew.
+    pub fn has_all_it_gets(&mut self, now: Instant) {
+        let has_turn = |lane: &LaneName| self.circuit.has_turn(lane);
+        if self.circuit.may_probe(now)
+            && self.in_flight == 0
+            && !self.lanes.ready().chain(self.lanes.due()).any(has_turn)
+        {
+            self.circuit.begin_turns();
+        }
     }
 
     /// The piece of the log to read next, see [`Reader::next`].
@@ -156,14 +188,22 @@ impl Flow {
     /// The piece has been read.
     pub fn read(&mut self, page: Page, held: &Arc<Held>) {
         for event in page.events {
-            let lane = LaneName::of(event.seq, event.key.as_ref(), self.ordering);
+            let lane = LaneName::of(event.seq, event.key.as_deref(), self.ordering);
             let Some(ticket) = self.progress.push(event.seq, lane.clone()) else { continue };
             if self.known.contains(&event.seq) {
                 self.progress.ack(ticket);
                 continue;
             }
+            let known = self.unloaded.remove(&event.seq).filter(|_| !self.lanes.has(&lane));
             let (place, held) = (Place::Log(ticket), held.clone());
-            self.lanes.push(Delivery { event, lane, place, attempts: 0, held });
+            let delivery = Delivery { event, lane, place, attempts: 0, held };
+            match known {
+                Some((charges, until)) => {
+                    self.suspect_if_over(&delivery.lane, charges.attempts);
+                    self.lanes.push_head(delivery, charges, until);
+                }
+                None => self.lanes.push(delivery),
+            }
         }
         self.progress.scanned(page.scanned, page.done);
         self.reader.read(page.scanned, page.done);
@@ -173,30 +213,28 @@ impl Flow {
     /// Whether parked events are due and may be read now. While the endpoint is down only as many are as probes need.
     pub fn has_due(&mut self, now: Instant) -> bool {
         self.lanes.wake(now);
-        self.lanes.has_due() && self.loadable(now) > 0
+        self.loadable(now) > 0 && self.lanes.due().any(|lane| self.circuit.has_turn(lane))
     }
 
     fn loadable(&self, now: Instant) -> usize {
-        match self.circuit.is_open() {
-            false => LOADED_LANES,
-            true if self.circuit.may_probe(now) => PROBED_LANES.saturating_sub(self.lanes.ready()),
-            true => 0,
-        }
+        if self.circuit.is_open() { self.lacking_probes(now) } else { LOADED_LANES }
     }
 
     /// Parked events that are due, to be read now: their sequence numbers.
     pub fn load(&mut self, bytes_max: usize, now: Instant) -> Vec<i64> {
-        self.lanes.load(self.loadable(now), bytes_max)
+        let (lanes_max, circuit) = (self.loadable(now), &self.circuit);
+        self.lanes.load(lanes_max, bytes_max, |lane| circuit.has_turn(lane))
     }
 
     /// The parked events that were asked for; those that are missing have been discarded.
     pub fn loaded(&mut self, asked: &[i64], events: Vec<Event>, held: &Arc<Held>) {
         let delivery = |event: Event| {
-            let lane = LaneName::of(event.seq, event.key.as_ref(), self.ordering);
+            let lane = LaneName::of(event.seq, event.key.as_deref(), self.ordering);
             Delivery { event, lane, place: Place::Row, attempts: 0, held: held.clone() }
         };
         let (gone, bytes) = self.lanes.loaded(asked, events.into_iter().map(delivery).collect());
         self.unpark(gone, bytes);
+        self.advance();
     }
 
     /// The parked events that were asked for could not be read: they will be asked for again.
@@ -218,12 +256,11 @@ impl Flow {
     /// When there may be something to do that no answer and no page brings.
     pub fn next_timer(&self, now: Instant) -> Option<Instant> {
         let paced = match self.pace.free(self.in_flight, now) {
-            Err(at) if self.lanes.ready() > 0 => at,
+            Err(at) if self.lanes.ready().next().is_some() => at,
             _ => None,
         };
-        let later = |at: &Instant| *at > now;
-        let probe = self.circuit.next_probe().filter(later);
-        paced.into_iter().chain(probe).chain(self.lanes.next_timer()).min()
+        let waits = self.circuit.next_probe().into_iter().chain(self.read_after).filter(|at| *at > now);
+        paced.into_iter().chain(waits).chain(self.lanes.next_timer()).min()
     }
 
     /// An attempt has ended; `attempt` tells of it, if it failed. `random` is drawn evenly from `[0, 1)`.
@@ -237,7 +274,7 @@ impl Flow {
     ) -> Verdict {
         self.in_flight -= 1;
         let verdict = match outcome.class {
-            Class::Accepted => self.delivered(delivery),
+            Class::Accepted => self.delivered(delivery, now),
             Class::Gone => {
                 self.lanes.again(delivery);
                 Verdict::Gone
@@ -266,121 +303,29 @@ impl Flow {
         verdict
     }
 
-    fn delivered(&mut self, delivery: Delivery) -> Verdict {
+    fn delivered(&mut self, delivery: Delivery, now: Instant) -> Verdict {
         self.circuit.succeeded(&delivery.lane);
         self.pace.succeeded();
         self.lanes.finish(&delivery.lane);
         match delivery.place {
             Place::Log(ticket) => self.progress.ack(ticket),
             Place::Row => {
-                self.unpark(1, delivery.size());
-                self.settlements.push(settlement(delivery.event.seq, Leave::Done));
+                self.unpark(1, delivery.event.size());
+                let (seq, what, history) = (delivery.event.seq, Leave::Done, Vec::new());
+                self.settlements.push(Settlement { seq, what, attempts: 0, history, next: None });
             }
         }
-        self.confirm(&delivery.lane);
+        self.confirm(&delivery.lane, now);
         Verdict::Delivered
-    }
-
-    fn endpoints_fault(&mut self, delivery: Delivery, blame: Blame) -> Verdict {
-        self.lanes.again(delivery);
-        if blame != Blame::Opened {
-            return Verdict::Waits;
-        }
-        // What was charged since the last success was not the events' fault.
-        for name in std::mem::take(&mut self.suspects) {
-            let Some(lane) = self.lanes.get_mut(&name) else { continue };
-            lane.charges.suspected.clear();
-            if matches!(lane.stage, Stage::Resting(_)) {
-                self.lanes.make_ready(&name);
-            }
-        }
-        Verdict::Down
-    }
-
-    fn failed(&mut self, delivery: Delivery, attempt: Attempt, now: Instant, random: f64) -> Verdict {
-        let blame = self.circuit.failed(&delivery.lane, self.lanes.waiting(), now, random);
-        if blame != Blame::Call {
-            return self.endpoints_fault(delivery, blame);
-        }
-        let name = delivery.lane.clone();
-        let Some(lane) = self.lanes.get_mut(&name) else { return Verdict::Waits };
-        lane.charges.suspected.push(attempt);
-        let attempts = lane.charges.attempts + lane.charges.suspected.len() as u32;
-        let until = now + self.schedule.delay(attempts, random);
-        if !self.suspects.contains(&name) {
-            self.suspects.push(name);
-        }
-        self.lanes.rest(delivery, until);
-        Verdict::Again(until)
-    }
-
-    /// Somebody else had a success: what failed since the last one has itself to blame.
-    fn confirm(&mut self, by: &LaneName) {
-        for name in std::mem::take(&mut self.suspects) {
-            let Some(lane) = self.lanes.get_mut(&name).filter(|_| name != *by) else { continue };
-            lane.charges.confirm();
-            let Stage::Resting(until) = lane.stage else { continue };
-            if self.schedule.is_over(lane.charges.attempts) {
-                if let Some(head) = lane.front.pop_front() {
-                    self.bury(head);
-                }
-            } else if lane.front.front().is_some_and(|head| head.place == Place::Row) {
-                let attempts = lane.charges.attempts;
-                let history = std::mem::take(&mut lane.charges.history);
-                lane.put_back(attempts, Some(until));
-                let seq = lane.rows.front().map_or(0, |row| row.seq);
-                self.settlements.push(Settlement {
-                    seq,
-                    what: Leave::Again,
-                    attempts,
-                    history,
-                    next: Some(until),
-                });
-                self.lanes.park_until(&name, Some(until));
-            }
-        }
-    }
-
-    /// The attempt was its own fault beyond doubt, and the last.
-    fn dies(&mut self, delivery: Delivery, attempt: Attempt) -> Verdict {
-        if let Some(lane) = self.lanes.get_mut(&delivery.lane) {
-            lane.charges.suspected.push(attempt);
-            lane.charges.confirm();
-        }
-        self.suspects.retain(|name| *name != delivery.lane);
-        self.bury(delivery);
-        Verdict::Dead
-    }
-
-    /// The head of a lane, taken out of it, becomes a dead letter.
-    fn bury(&mut self, delivery: Delivery) {
-        let Delivery { event, lane: name, place, .. } = &delivery;
-        let charges =
-            self.lanes.get_mut(name).map(|lane| std::mem::take(&mut lane.charges)).unwrap_or_default();
-        let what = if *place == Place::Row { Leave::Die } else { Leave::Bury };
-        let (attempts, history) = (charges.attempts, charges.history);
-        let settlement = Settlement { seq: event.seq, what, attempts, history, next: None };
-        match *place {
-            Place::Log(ticket) => self.progress.leave(ticket, settlement),
-            Place::Row => {
-                self.unpark(1, delivery.size());
-                self.settlements.push(settlement);
-            }
-        }
-        match name {
-            LaneName::Key(_) if self.on_dead == OnDead::Block => self.lanes.block(name.clone()),
-            _ => self.lanes.finish(name),
-        }
     }
 
     /// Moves the frontier as far as it goes: over what is settled, and over what may be parked.
     fn advance(&mut self) {
         while let Some((ticket, seq, name)) = self.progress.advance(&mut self.settlements) {
-            let full = self.parked.events >= self.bounds.events || self.parked.bytes >= self.bounds.bytes;
-            if full || self.circuit.is_open() {
+            let name = name.clone();
+            if self.is_full() || self.circuit.is_open() {
                 return;
             }
-            let name = name.clone();
             let Some(lane) = self.lanes.get_mut(&name) else { return };
             let Some(row) = lane.park(ticket).cloned() else { return };
             let history =
@@ -395,33 +340,49 @@ impl Flow {
         }
     }
 
+    /// Whether no more may be parked.
+    fn is_full(&self) -> bool {
+        self.parked.events >= self.bounds.events || self.parked.bytes >= self.bounds.bytes
+    }
+
     fn unpark(&mut self, events: usize, bytes: usize) {
+        if events > 0 && !self.circuit.is_open() {
+            self.read_after = None;
+        }
         self.parked.events = self.parked.events.saturating_sub(events);
         self.parked.bytes = self.parked.bytes.saturating_sub(bytes);
     }
 
-    /// Whether the endpoint is down, nothing is in flight and no probe is due: then nothing of the log needs to be held.
+    /// Whether nothing is in flight and nothing can go: the endpoint is down and no probe is due, or no more may be parked. Then
+    /// nothing of the log needs to be held.
     pub fn may_unload(&self, now: Instant) -> bool {
-        self.circuit.is_open()
-            && self.in_flight == 0
-            && !self.circuit.may_probe(now)
-            && self.progress.held() > 0
+        let is_down = self.circuit.is_open() && !self.circuit.may_probe(now);
+        let is_stalled =
+            || self.is_full() && self.lanes.ready().next().is_none() && self.lanes.due().next().is_none();
+        self.in_flight == 0 && self.progress.held() > 0 && (is_down || is_stalled())
     }
 
-    /// When the endpoint is tried again, if it is down.
-    pub fn next_probe(&self) -> Option<Instant> {
-        self.circuit.next_probe()
-    }
-
-    /// Forgets what is read from the log and not settled; it is read again when it is needed.
-    pub fn unload(&mut self) -> Result<(), UnknownEra> {
+    /// Forgets what is read from the log and not settled; it is read again when it may help. No parked events may be being
+    /// read.
+    pub fn unload(&mut self, now: Instant) -> Result<(), UnknownEra> {
         let Frontier { position, target, acked, .. } = self.progress.frontier();
         let progress =
             std::mem::replace(&mut self.progress, Progress::new(position.clone(), Ahead::delivered([])));
         let cursor = StoredCursor { position, target, acked, ahead: Vec::new() };
         (self.reader, self.progress) = Reader::new(cursor, progress.into_ahead(), self.eras.clone())?;
-        self.suspects.clear();
-        self.lanes.unload();
+        for Unloaded { seq, place, charges, until } in self.lanes.unload() {
+            if place != Place::Row {
+                self.unloaded.insert(seq, (charges, until));
+            } else if !charges.history.is_empty() {
+                let Charges { attempts, history, .. } = charges;
+                let (what, next) = (Leave::Again, until.or(Some(now)));
+                self.settlements.push(Settlement { seq, what, attempts, history, next });
+            }
+        }
+        let (lanes, schedule) = (&mut self.lanes, &self.schedule);
+        self.suspects
+            .retain(|name| lanes.get_mut(name).is_some_and(|lane| schedule.is_over(lane.charges.attempts)));
+        self.read_after = self.circuit.next_probe().or(Some(now + STALLED));
         Ok(())
     }
 
@@ -441,9 +402,7 @@ impl Flow {
     }
 }
 
-fn settlement(seq: i64, what: Leave) -> Settlement {
-    Settlement { seq, what, attempts: 0, history: Vec::new(), next: None }
-}
+mod blame;
 
 #[cfg(test)]
 #[path = "flow_tests.rs"]

@@ -1,133 +1,16 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Who may go next: the events of one lane one after the other, lanes side by side.
-//!
-//! A lane is a queue: its head, then what is in memory and goes next, then what is parked in dtm.retry, then what was read
-//! from the log since and waits behind that.
 
 use std::cmp::{Ordering, Reverse};
-use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
 
 use tokio::time::Instant;
 
 use super::delivery::{Delivery, LaneName, Place, Row};
-use super::windows::Ticket;
-use crate::source::settlement::Attempt;
+use super::lane::{Charges, Lane, Stage, Unloaded};
 
 /// Rows of one lane that are read at once.
 const ROWS_AT_ONCE: usize = 16;
-
-/// What the head of a lane is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
-    /// May go as soon as there is room.
-    Ready,
-    /// On its way; not in the queue.
-    InFlight,
-    /// In memory, not before this time.
-    Resting(Instant),
-    /// In dtm.retry, not before this time.
-    Parked(Instant),
-    /// In dtm.retry, to be read now.
-    Due,
-    /// In dtm.retry, being read.
-    Loading,
-    /// A dead letter: the lane waits until that is redriven or discarded.
-    Blocked,
-}
-
-/// What is charged to the head of a lane.
-#[derive(Debug, Default)]
-pub struct Charges {
-    /// Attempts that are its own fault, in all.
-    pub attempts: u32,
-    /// Attempts since the last success of anybody: whose fault they are is not known yet.
-    pub suspected: Vec<Attempt>,
-    /// Attempts that are its own fault and that its row does not have.
-    pub history: Vec<Attempt>,
-}
-
-impl Charges {
-    /// The suspicion was right. All attempts between two successes count as one: the service may have been away for a while.
-    pub fn confirm(&mut self) {
-        if !self.suspected.is_empty() {
-            self.attempts = self.attempts.saturating_add(1);
-            self.history.append(&mut self.suspected);
-        }
-    }
-}
-
-/// One lane.
-#[derive(Debug)]
-pub struct Lane {
-    /// See [`Stage`].
-    pub stage: Stage,
-    /// Of the head.
-    pub charges: Charges,
-    /// In memory, the next ones to go.
-    pub front: VecDeque<Delivery>,
-    /// Behind them, in dtm.retry.
-    pub rows: VecDeque<Row>,
-    /// Behind those, read from the log.
-    pub back: VecDeque<Delivery>,
-}
-
-impl Lane {
-    fn new(stage: Stage) -> Self {
-        let (front, rows, back) = (VecDeque::new(), VecDeque::new(), VecDeque::new());
-        Lane { stage, charges: Charges::default(), front, rows, back }
-    }
-
-    /// Whether what is read from the log has to wait for a poisoned event, or for one that is parked.
-    pub fn is_poisoned(&self) -> bool {
-        self.charges.attempts > 0 || !self.rows.is_empty() || self.stage == Stage::Blocked
-    }
-
-    /// Takes an event of the log out of the lane, to be parked: the next one in the lane that is not parked yet, unless it is
-    /// about to go. The row takes its place.
-    pub fn park(&mut self, ticket: Ticket) -> Option<&Row> {
-        if !self.is_poisoned() {
-            return None;
-        }
-        let place = Place::Log(ticket);
-        if self.back.front().is_some_and(|delivery| delivery.place == place) {
-            let delivery = self.back.pop_front()?;
-            self.rows.push_back(Row::of(&delivery, 0, None));
-            return self.rows.back();
-        }
-        if !self.rows.is_empty() {
-            return None;
-        }
-        let at = self.front.iter().position(|delivery| delivery.place == place)?;
-        let is_head = at == 0 && self.stage != Stage::InFlight;
-        let (attempts, next) = match (is_head, self.stage) {
-            (false, _) => (0, None),
-            (true, Stage::Resting(until)) => (self.charges.attempts, Some(until)),
-            (true, Stage::Blocked) => (0, None),
-            (true, _) => return None,
-        };
-        let behind = self.front.split_off(at + 1);
-        let delivery = self.front.pop_back()?;
-        self.back = behind;
-        self.rows.push_back(Row::of(&delivery, attempts, next));
-        if let Some(until) = next {
-            self.stage = Stage::Parked(until);
-        }
-        self.rows.back()
-    }
-
-    /// Puts the head, which is in memory and has a row, back into its row.
-    pub fn put_back(&mut self, attempts: u32, next: Option<Instant>) {
-        let Some(head) = self.front.pop_front() else { return };
-        self.rows.push_front(Row::of(&head, attempts, next));
-        // What is in memory behind it has a row too, or came from the log when there were no rows.
-        while let Some(last) = self.front.pop_back() {
-            match last.place {
-                Place::Row => self.rows.insert(1, Row::of(&last, last.attempts, None)),
-                Place::Log(_) => self.back.push_front(last),
-            }
-        }
-    }
-}
 
 /// A lane that has something to do at a time. The earlier, the greater it is: a heap has its greatest on top.
 #[derive(Debug)]
@@ -183,25 +66,44 @@ impl Lanes {
         }
     }
 
-    /// Adds a parked event behind all others of its lane, before anything of the log is read.
-    pub fn push_row(&mut self, name: LaneName, row: Row) {
-        let next = row.next;
-        let lane = self.lanes.entry(name.clone()).or_insert_with(|| Lane::new(Stage::Loading));
-        lane.rows.push_back(row);
-        if lane.rows.len() == 1 && lane.stage != Stage::Blocked {
-            self.park_until(&name, next);
+    /// Adds an event of the log that was the head of its lane before it was unloaded, and is again.
+    pub fn push_head(&mut self, delivery: Delivery, charges: Charges, until: Option<Instant>) {
+        let name = delivery.lane.clone();
+        let mut lane = Lane { charges, ..Lane::new(Stage::Ready) };
+        lane.front.push_back(delivery);
+        self.lanes.insert(name.clone(), lane);
+        match until {
+            Some(until) => self.rest_until(&name, until),
+            None => self.ready.push_back(name),
         }
     }
 
-    /// A dead letter stands in the way of all that follows on its lane.
-    pub fn block(&mut self, name: LaneName) {
-        let lane = self.lanes.entry(name).or_insert_with(|| Lane::new(Stage::Blocked));
-        lane.stage = Stage::Blocked;
+    /// Adds a parked event behind all others of its lane, before anything of the log is read.
+    pub fn push_row(&mut self, name: LaneName, row: Row) {
+        let lane = self.lanes.entry(name.clone()).or_insert_with(|| Lane::new(Stage::Loading));
+        lane.rows.push_back(row);
+        if lane.rows.len() == 1 {
+            self.go_on(&name);
+        }
+    }
+
+    /// The head is gone, and as a dead letter it stands in the way of all that follows on its lane.
+    pub fn block(&mut self, name: &LaneName, seq: i64) {
+        let Some(lane) = self.lanes.get_mut(name) else { return };
+        lane.charges = Charges::default();
+        lane.stow();
+        lane.rows.push_front(Row::blocking(seq));
+        self.go_on(name);
     }
 
     /// A lane.
     pub fn get_mut(&mut self, name: &LaneName) -> Option<&mut Lane> {
         self.lanes.get_mut(name)
+    }
+
+    /// Whether there is such a lane.
+    pub fn has(&self, name: &LaneName) -> bool {
+        self.lanes.contains_key(name)
     }
 
     /// Whether there are none.
@@ -216,14 +118,14 @@ impl Lanes {
         self.lanes.values().filter(waits).count()
     }
 
-    /// How many lanes may go as soon as there is room.
-    pub fn ready(&self) -> usize {
-        self.ready.len()
+    /// The lanes that may go as soon as there is room.
+    pub fn ready(&self) -> impl Iterator<Item = &LaneName> {
+        self.ready.iter()
     }
 
-    /// Whether parked events are to be read.
-    pub fn has_due(&self) -> bool {
-        !self.due.is_empty()
+    /// The lanes whose parked events are to be read.
+    pub fn due(&self) -> impl Iterator<Item = &LaneName> {
+        self.due.iter().filter(|name| self.lanes.get(name).is_some_and(|lane| lane.stage == Stage::Due))
     }
 
     /// When the next lane that rests has something to do.
@@ -244,15 +146,20 @@ impl Lanes {
         }
     }
 
-    /// Takes the head of the first ready lane that `admits` lets go. Looks at a bounded number of them.
+    /// Takes the head of the first ready lane that `admits` lets go.
     pub fn take(&mut self, admits: impl Fn(&LaneName) -> bool) -> Option<Delivery> {
-        const LOOKED_AT_MAX: usize = 64;
-        let at = self.ready.iter().take(LOOKED_AT_MAX).position(admits)?;
+        let at = self.ready.iter().position(admits)?;
         let name = self.ready.remove(at)?;
         let lane = self.lanes.get_mut(&name)?;
         let head = lane.front.pop_front()?;
         lane.stage = Stage::InFlight;
         Some(head)
+    }
+
+    /// Takes the head of a lane that is not in flight out of it.
+    pub fn remove_head(&mut self, name: &LaneName) -> Option<Delivery> {
+        self.ready.retain(|ready| ready != name);
+        self.lanes.get_mut(name)?.front.pop_front()
     }
 
     /// The head is settled and gone: the next one becomes it.
@@ -275,8 +182,14 @@ impl Lanes {
         let name = delivery.lane.clone();
         let Some(lane) = self.lanes.get_mut(&name) else { return };
         lane.front.push_front(delivery);
-        lane.stage = Stage::Resting(until);
-        self.set_timer(&name, until);
+        self.rest_until(&name, until);
+    }
+
+    fn rest_until(&mut self, name: &LaneName, until: Instant) {
+        if let Some(lane) = self.lanes.get_mut(name) {
+            lane.stage = Stage::Resting(until);
+            self.set_timer(name, until);
+        }
     }
 
     /// The head that rests may go at once.
@@ -296,20 +209,24 @@ impl Lanes {
         }
     }
 
-    /// Parked events to be read now: lanes that are due, and the rows that come first in each, up to so many bytes but one
-    /// row at least.
-    pub fn load(&mut self, lanes_max: usize, bytes_max: usize) -> Vec<i64> {
+    /// Parked events to be read now: of lanes that are due and that `admits` lets go, and the rows that come first in each, up
+    /// to so many bytes but one row at least.
+    pub fn load(
+        &mut self,
+        lanes_max: usize,
+        bytes_max: usize,
+        admits: impl Fn(&LaneName) -> bool,
+    ) -> Vec<i64> {
         let (mut seqs, mut bytes) = (Vec::new(), 0);
         for _ in 0..lanes_max {
             if bytes >= bytes_max {
                 break;
             }
-            let Some(name) = self.due.pop_front() else { break };
-            let Some(lane) = self.lanes.get_mut(&name).filter(|lane| lane.stage == Stage::Due) else {
-                continue;
-            };
+            let Some(at) = self.due.iter().position(&admits) else { break };
+            let lane = self.due.remove(at).and_then(|name| self.lanes.get_mut(&name));
+            let Some(lane) = lane.filter(|lane| lane.stage == Stage::Due) else { continue };
             lane.stage = Stage::Loading;
-            for row in lane.rows.iter().take(ROWS_AT_ONCE) {
+            for row in lane.rows.iter().take_while(|row| !row.blocks).take(ROWS_AT_ONCE) {
                 if bytes >= bytes_max {
                     break;
                 }
@@ -325,7 +242,7 @@ impl Lanes {
     pub fn loaded(&mut self, asked: &[i64], found: Vec<Delivery>) -> (usize, usize) {
         let mut found: HashMap<i64, Delivery> = found.into_iter().map(|d| (d.event.seq, d)).collect();
         let (mut gone, mut bytes) = (0, 0);
-        let asked: std::collections::HashSet<i64> = asked.iter().copied().collect();
+        let asked: HashSet<i64> = asked.iter().copied().collect();
         for name in self.loading() {
             let Some(lane) = self.lanes.get_mut(&name) else { continue };
             while let Some(row) = lane.rows.pop_front_if(|row| asked.contains(&row.seq)) {
@@ -349,32 +266,37 @@ impl Lanes {
         self.loading().iter().for_each(|name| self.make_due(name));
     }
 
-    /// Forgets what was read from the log. What has a row is read again from there. Nothing may be in flight.
-    pub fn unload(&mut self) {
+    /// Forgets what was read from the log: it is read again when it is needed. Answers what is to be remembered of heads
+    /// that something is charged to. Nothing may be in flight.
+    pub fn unload(&mut self) -> Vec<Unloaded> {
         self.ready.clear();
         self.due.clear();
         self.timers.clear();
+        let mut unloaded = Vec::new();
         self.lanes.retain(|_, lane| {
-            lane.back.clear();
-            lane.front.retain(|delivery| delivery.place == Place::Row);
-            let next = match lane.stage {
-                Stage::Resting(at) | Stage::Parked(at) => Some(at),
+            // Whose fault they are will not be known any more.
+            lane.charges.suspected.clear();
+            let until = match lane.stage {
+                Stage::Resting(until) => Some(until),
                 _ => None,
             };
-            let attempts = lane.charges.attempts.max(lane.front.front().map_or(0, |head| head.attempts));
-            lane.put_back(attempts, next);
-            lane.charges = Charges::default();
-            !lane.rows.is_empty() || lane.stage == Stage::Blocked
+            let head = lane.front.front().map(|head| (head.event.seq, head.place));
+            let Charges { attempts, doubted, .. } = lane.charges;
+            if let Some((seq, place)) = head.filter(|_| attempts > 0 || doubted) {
+                let history = std::mem::take(&mut lane.charges.history);
+                let charges = Charges { attempts, doubted, history, suspected: Vec::new() };
+                unloaded.push(Unloaded { seq, place, charges, until });
+            }
+            if head.is_some_and(|(_, place)| place == Place::Row) {
+                lane.put_back(attempts, until);
+            }
+            lane.front.clear();
+            lane.back.clear();
+            !lane.rows.is_empty()
         });
-        let heads: Vec<(LaneName, Option<Instant>)> = self
-            .lanes
-            .iter()
-            .filter(|(_, lane)| lane.stage != Stage::Blocked)
-            .map(|(name, lane)| (name.clone(), lane.rows.front().and_then(|row| row.next)))
-            .collect();
-        for (name, next) in heads {
-            self.park_until(&name, next);
-        }
+        let names: Vec<LaneName> = self.lanes.keys().cloned().collect();
+        names.iter().for_each(|name| self.go_on(name));
+        unloaded
     }
 
     /// Lanes whose rows are being read.
@@ -390,8 +312,11 @@ impl Lanes {
             lane.charges.attempts = head.attempts;
             self.make_ready(name);
         } else if let Some(row) = lane.rows.front() {
-            let next = row.next;
-            self.park_until(name, next);
+            lane.charges.attempts = row.attempts;
+            match (row.blocks, row.next) {
+                (true, _) => lane.stage = Stage::Blocked,
+                (false, next) => self.park_until(name, next),
+            }
         } else if lane.back.is_empty() {
             self.lanes.remove(name);
         } else {

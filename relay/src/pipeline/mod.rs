@@ -9,6 +9,7 @@
 pub mod budget;
 pub mod delivery;
 pub mod flow;
+pub mod lane;
 pub mod lanes;
 pub mod reader;
 pub mod run;

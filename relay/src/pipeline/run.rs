@@ -29,6 +29,9 @@ use crate::source::tail::Tail;
 /// After something that could not be read.
 const READ_AGAIN: Duration = Duration::from_secs(5);
 
+/// After there was no room: others may have made some meanwhile.
+const ROOM_AGAIN: Duration = Duration::from_millis(100);
+
 /// Before a subscription that somebody else has locked is disabled.
 const DISABLE_AGAIN: Duration = Duration::from_secs(1);
 
@@ -215,7 +218,7 @@ impl Pipeline {
         }
         let ahead = flow.delivered_ahead();
         self.leave(&mut flow, &mut report, ahead);
-        self.cursors.barrier().await;
+        self.cursors.barrier(&self.owner).await;
         Ok(())
     }
 
@@ -225,8 +228,7 @@ impl Pipeline {
         let small = self.share.held() <= HELD_WHILE_DOWN;
         if reads.page.is_none() && reads.parked.is_none() && !small && flow.may_unload(now) {
             // The cursor is that of the same pipeline, whose era is known.
-            flow.unload().map_err(|error| SourceError::Unreachable(error.to_string()))?;
-            reads.not_before = flow.next_probe();
+            flow.unload(now).map_err(|error| SourceError::Unreachable(error.to_string()))?;
         }
         if reads.not_before.is_some_and(|at| at > now) {
             return Ok(());
@@ -234,15 +236,15 @@ impl Pipeline {
         reads.not_before = None;
         if reads.parked.is_none()
             && flow.has_due(now)
-            && let Some(room) = self.share.room(self.bounds.page_bytes)
+            && let Some(room) = self.share.room_in_any_case(self.bounds.page_bytes)
         {
             let asked = flow.load(room.bytes(), now);
             if !asked.is_empty() {
                 let (pages, unit, seqs) = (self.pages.clone(), self.wanted.unit, asked.clone());
-                let cursors = self.cursors.clone();
+                let (cursors, owner) = (self.cursors.clone(), self.owner.clone());
                 let read = async move {
                     // A row that is not there counts as discarded: it must not be one that is not there yet.
-                    cursors.barrier().await;
+                    cursors.barrier(&owner).await;
                     pages.parked_events(unit, &seqs).await
                 }
                 .boxed();
@@ -250,20 +252,26 @@ impl Pipeline {
             }
         }
         if reads.page.is_none() && flow.wants_page(small, now) {
-            reads.page = self.next_page(flow, &mut reads.at_head);
+            reads.page = self.next_page(flow, reads, now);
+        }
+        if reads.page.is_none() && reads.parked.is_none() {
+            flow.has_all_it_gets(now);
         }
         Ok(())
     }
 
-    fn next_page(&mut self, flow: &mut Flow, at_head: &mut bool) -> Option<Reading<Page>> {
-        *at_head = false;
+    fn next_page(&mut self, flow: &mut Flow, reads: &mut Reads, now: Instant) -> Option<Reading<Page>> {
+        reads.at_head = false;
         let unit = self.wanted.unit;
         loop {
             let free = self.bounds.events.saturating_sub(flow.held());
             if free == 0 {
                 return None;
             }
-            let room = self.share.room(self.bounds.page_bytes)?;
+            let Some(room) = self.share.room(self.bounds.page_bytes) else {
+                reads.not_before = Some(now + ROOM_AGAIN);
+                return None;
+            };
             let shared = flow.stands_at().and_then(|position| self.tail.after(position, unit));
             if let Some(shared) = shared {
                 let held = self.share.hold(room, shared.bytes);
@@ -272,7 +280,7 @@ impl Pipeline {
             }
             let head = self.heads.borrow_and_update().clone();
             let Some(piece) = flow.piece(head.as_ref()) else {
-                *at_head = true;
+                reads.at_head = true;
                 self.tail.waits(unit);
                 return None;
             };
@@ -329,7 +337,7 @@ impl Pipeline {
     async fn disable(&mut self, flow: &mut Flow, report: &mut Report) -> Result<(), SourceError> {
         let ahead = flow.delivered_ahead();
         self.leave(flow, report, ahead);
-        self.cursors.barrier().await;
+        self.cursors.barrier(&self.owner).await;
         // Not while somebody else changes the subscription; if that was it, the relay is told with the next heartbeat.
         while !self.pages.disable(&self.owner, "the endpoint answered 410 Gone").await? {
             tokio::select! {

@@ -50,6 +50,8 @@ struct Window {
     to: Arc<Mark>,
     wants: Arc<Wants>,
     events: HashMap<Unit, Vec<Event>>,
+    /// Of the page that they are slices of.
+    bytes: usize,
 }
 
 #[derive(Default)]
@@ -100,8 +102,14 @@ impl Tail {
         let since = *window.wants.since.get(&unit)?;
         let is_wanted = |event: &&Event| since.is_none_or(|since| published_at(event) >= since);
         let all = window.events.get(&unit).into_iter().flatten();
-        let events: Vec<Event> = all.filter(is_wanted).cloned().collect();
-        let bytes = events.iter().map(|event| event.payload.as_ref().map_or(0, bytes::Bytes::len)).sum();
+        let mut events: Vec<Event> = all.filter(is_wanted).cloned().collect();
+        let mut bytes = events.iter().map(Event::size).sum();
+        // An event that waits for long keeps the whole page in memory: whoever takes little of it takes a copy.
+        if bytes < window.bytes / 2 {
+            events = events.iter().map(Event::detached).collect();
+        } else {
+            bytes = window.bytes;
+        }
         Some(Share { to: window.to.clone(), events, bytes })
     }
 
@@ -128,7 +136,7 @@ impl Tail {
         };
         let unit = Unit { subscription: 0, shard: 0, shards: 1 };
         let wanted = Wanted { unit, topics: wants.patterns.clone(), since: None };
-        let (page, _) = match read_page(link, page, &request, &wanted).await {
+        let (page, bytes) = match read_page(link, page, &request, &wanted).await {
             Ok(read) => read,
             // The pipelines read it for themselves, and say what is wrong.
             Err(error) if error.spares_connection() => return Ok(()),
@@ -143,7 +151,7 @@ impl Tail {
             if state.windows.len() >= WINDOWS {
                 state.windows.pop_front();
             }
-            state.windows.push_back(Window { from: from.clone(), to: to.clone(), wants, events });
+            state.windows.push_back(Window { from: from.clone(), to: to.clone(), wants, events, bytes });
         }
         Ok(())
     }
@@ -202,7 +210,8 @@ mod tests {
     fn window(tail: &Tail, from: &Arc<Mark>, to: &Arc<Mark>, events: Vec<Event>) {
         let wants = tail.state().wants.clone().unwrap();
         let events = sort(events, &wants);
-        tail.state().windows.push_back(Window { from: from.clone(), to: to.clone(), wants, events });
+        let (from, to) = (from.clone(), to.clone());
+        tail.state().windows.push_back(Window { from, to, wants, events, bytes: 1_000 });
     }
 
     fn seqs(share: Option<Share>) -> Option<Vec<i64>> {

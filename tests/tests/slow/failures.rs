@@ -218,6 +218,46 @@ async fn an_endpoint_that_is_gone_disables_its_subscription_until_somebody_resum
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_subscription_that_is_resumed_as_soon_as_it_is_disabled_is_delivered() {
+    let site = Site::open("{}", |_| Reply::status(410)).await;
+    let resume = "WITH gone AS (SELECT dtm.resume(name) FROM dtm.subscriptions WHERE state = 'disabled') SELECT count(*) FROM gone";
+    publish(&site.client, "t", 1, 10).await;
+    for _ in 0..3 {
+        site.wait(resume, 1).await;
+    }
+    site.receiver.behave(|_| Reply::status(200));
+    let found = process::eventually(DEADLINE, || async {
+        site.number(resume).await;
+        (arrived(&site.receiver.accepted()).len() == 10).then_some(())
+    });
+    assert!(found.await.is_some(), "{}", site.relay.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn poison_dies_also_where_others_come_by_rarely() {
+    let options = r#"{"retry_base": "10ms", "retry_cap": "20ms", "retry_attempts": 3}"#;
+    let site = Site::open(options, |r| Reply::status(if number(r) == 1 { 500 } else { 200 })).await;
+    publish(&site.client, "t", 1, 1).await;
+    let attempts = || site.receiver.received().iter().filter(|r| number(r) == 1).count();
+    for n in 2..40 {
+        // It fails often enough in between to look like an endpoint that is down.
+        let seen = attempts();
+        let failed = || async { (attempts() > seen + 5).then_some(()) };
+        let is_dead = || async { (site.number(DEAD).await == 1).then_some(()) };
+        tokio::select! {
+            failed = process::eventually(DEADLINE, failed) => failed.expect("it is tried again"),
+            dead = process::eventually(DEADLINE, is_dead) => dead.expect("it died"),
+        }
+        if site.number(DEAD).await == 1 {
+            break;
+        }
+        publish(&site.client, "t", n, n).await;
+    }
+    site.wait(DEAD, 1).await;
+    site.wait("SELECT lag_events FROM dtm.subscriptions", 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_key_that_is_blocked_by_a_dead_letter_waits_for_somebody_and_the_others_do_not() {
     let options = r#"{"retry_base": "20ms", "retry_cap": "100ms", "retry_attempts": 1, "on_dead": "block"}"#;
     let site =
