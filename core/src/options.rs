@@ -36,6 +36,15 @@ pub enum OnDead {
     Block,
 }
 
+/// What becomes of a subscription that lags too far behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnLag {
+    /// It holds the log, and operators are told.
+    Keep,
+    /// It loses what it has not had, and waits for `dtm.rewind`.
+    Drop,
+}
+
 /// When a failed attempt is followed by another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Retry {
@@ -82,6 +91,12 @@ pub struct Options {
     pub headers: BTreeMap<String, HeaderSource>,
     /// What a restore does.
     pub on_restore: OnRestore,
+    /// What happens when it lags further behind than it may.
+    pub on_lag: OnLag,
+    /// How old the oldest event that it has not had may be.
+    pub max_lag: Duration,
+    /// How many bytes of the log it may not have had.
+    pub max_lag_bytes: Option<u64>,
 }
 
 impl Default for Options {
@@ -100,6 +115,9 @@ impl Default for Options {
             shards: 1,
             headers: BTreeMap::new(),
             on_restore: OnRestore::Pause,
+            on_lag: OnLag::Keep,
+            max_lag: Duration::from_secs(86_400),
+            max_lag_bytes: None,
         }
     }
 }
@@ -110,10 +128,13 @@ pub const OPTIONS: &str = "timeout (duration, above 0, at most 1h), max_in_fligh
     retry_cap (duration, at least retry_base), retry_attempts (1 to 100), \
     retry_schedule (1 to 99 durations, instead of the three before), on_dead (\"continue\" or \"block\"), \
     shards (1 to 64), headers (an object of strings; \"secret:NAME\" is looked up by the relay), \
-    on_restore (\"pause\" or \"continue\")";
+    on_restore (\"pause\" or \"continue\"), on_lag (\"keep\" or \"drop\"), max_lag (duration, above 0), \
+    max_lag_bytes (1 to 1 PiB)";
 
 /// The most headers that a subscription may add.
 const HEADERS_MAX: usize = 32;
+
+const LAG_BYTES_MAX: u64 = 1 << 50;
 
 /// Credentials by their names: they must not stand in a table as text.
 const CREDENTIALS: [&str; 8] = [
@@ -179,6 +200,11 @@ impl Options {
             "on_restore" => {
                 self.on_restore =
                     one_of(value, &[("pause", OnRestore::Pause), ("continue", OnRestore::Continue)])?;
+            }
+            "on_lag" => self.on_lag = one_of(value, &[("keep", OnLag::Keep), ("drop", OnLag::Drop)])?,
+            "max_lag" => self.max_lag = positive(value)?,
+            "max_lag_bytes" => {
+                self.max_lag_bytes = Some(value.as_u64().filter(|n| (1..=LAG_BYTES_MAX).contains(n))?);
             }
             "retry_base" | "retry_cap" | "retry_attempts" | "retry_schedule" => {}
             _ => return Some(false),

@@ -39,7 +39,7 @@ pub fn define() {
         c"How long events and given ids are kept.",
         c"An event is kept longer as long as a subscription has not had it.",
         &RETENTION_S,
-        1.0,
+        0.0,
         HUNDRED_YEARS_S,
         GucContext::Suset,
         GucFlags::UNIT_S,

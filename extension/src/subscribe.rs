@@ -2,7 +2,7 @@
 //! The checks behind `dtm.subscribe`: each error says what is wrong and what would be right.
 
 use dtm_core::destination::{Destination, DestinationError, SCHEMES};
-use dtm_core::options::{OPTIONS, Options};
+use dtm_core::options::{OPTIONS, OnLag, Options};
 use dtm_core::topic::Pattern;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -93,6 +93,17 @@ fn check_destination(destination: Option<&str>) -> Result<(), Refusal> {
             "Pass a URI such as https://billing.internal/events.",
         )),
     }
+}
+
+/// How far a subscription with these options may lag behind, and whether it is dropped then.
+#[pg_extern]
+fn lag_policy(
+    options: pgrx::JsonB,
+) -> TableIterator<'static, (name!(drops, bool), name!(max_seconds, f64), name!(max_bytes, Option<i64>))> {
+    // They were checked when they were stored.
+    let options = Options::from_json(&options.0).unwrap_or_default();
+    let bytes = options.max_lag_bytes.and_then(|bytes| i64::try_from(bytes).ok());
+    TableIterator::once((options.on_lag == OnLag::Drop, options.max_lag.as_secs_f64(), bytes))
 }
 
 fn check_options(options: Option<pgrx::JsonB>) -> Result<(), Refusal> {

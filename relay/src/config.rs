@@ -19,6 +19,7 @@ use crate::calls::secrets::{SecretTable, Secrets};
 use crate::pipeline::flow::ParkingBounds;
 use crate::pipeline::run::Bounds;
 use crate::source::settings::{Settings, ThisMachine};
+use crate::source::upkeep::Upkeep;
 
 /// What the command line and the variables of strings say.
 #[derive(Debug, Default)]
@@ -77,6 +78,8 @@ struct File {
     buffer_bytes: usize,
     parked_events: usize,
     parked_bytes: usize,
+    upkeep_every: Seconds,
+    control_bytes: usize,
     threads: usize,
     ca_file: Option<PathBuf>,
     secret: BTreeMap<String, SecretTable>,
@@ -110,6 +113,8 @@ impl Default for File {
             buffer_bytes: 64 * 1024 * 1024,
             parked_events: 10_000,
             parked_bytes: 256 * 1024 * 1024,
+            upkeep_every: seconds(5),
+            control_bytes: 32 * 1024 * 1024,
             threads: 2,
             ca_file: None,
             secret: BTreeMap::new(),
@@ -119,7 +124,7 @@ impl Default for File {
 }
 
 /// Settings that numbers and durations say, by name: each can be given as the variable `DTM_` and the name in capitals.
-const VARIABLES: [&str; 14] = [
+const VARIABLES: [&str; 16] = [
     "lease",
     "shutdown",
     "poll_busy",
@@ -132,6 +137,8 @@ const VARIABLES: [&str; 14] = [
     "buffer_bytes",
     "parked_events",
     "parked_bytes",
+    "upkeep_every",
+    "control_bytes",
     "threads",
     "ca_file",
 ];
@@ -180,6 +187,8 @@ pub struct Config {
     pub parked_events: usize,
     /// Bytes of them.
     pub parked_bytes: usize,
+    /// Turning over segments, purging, and looking who lags behind.
+    pub upkeep: Upkeep,
     /// Threads.
     pub threads: usize,
     /// Certificates of authorities that endpoints are trusted by, beside the operating system's.
@@ -238,6 +247,7 @@ impl File {
             ("poll_busy", self.poll_busy, second / 1_000, second),
             ("poll_idle", self.poll_idle, self.poll_busy.0, 60 * second),
             ("statement_timeout", self.statement_timeout, 5 * second, 3_600 * second),
+            ("upkeep_every", self.upkeep_every, second / 100, 3_600 * second),
         ];
         for (key, Seconds(value), least, most) in bounds {
             if !(least..=most).contains(&value) {
@@ -253,6 +263,7 @@ impl File {
             ("buffer_bytes", self.buffer_bytes, 1_024, 1 << 40),
             ("parked_events", self.parked_events, 0, 1_000_000),
             ("parked_bytes", self.parked_bytes, 0, 1 << 40),
+            ("control_bytes", self.control_bytes, 8_192, 1 << 40),
             ("threads", self.threads, 1, 256),
         ];
         for (key, value, least, most) in bounds {
@@ -301,6 +312,7 @@ impl File {
             buffer_bytes: self.buffer_bytes,
             parked_events: self.parked_events,
             parked_bytes: self.parked_bytes,
+            upkeep: Upkeep { every: self.upkeep_every.0, control_bytes: self.control_bytes as i64 },
             threads: self.threads,
             ca_file: self.ca_file,
             secrets: Arc::new(secrets),

@@ -27,6 +27,7 @@ use crate::source::leases::{self, Assignments, Identity, Told};
 use crate::source::origin;
 use crate::source::pages::Pages;
 use crate::source::tail::Tail;
+use crate::source::upkeep;
 
 /// Connections that pages are read over.
 const READERS: usize = 2;
@@ -91,12 +92,12 @@ impl Session {
         let config = &shared.config;
         let first = connector.connect().await?;
         let greeting = hello::hello(&first, &config.environment).await?;
-        let others = try_join_all((0..READERS + 3).map(|_| connector.connect())).await?;
+        let others = try_join_all((0..READERS + 4).map(|_| connector.connect())).await?;
         origin::same(&first, &others).await?;
         let mut others = others.into_iter();
         let mut next =
             || others.next().ok_or_else(|| SourceError::Unreachable("a connection is missing".into()));
-        let (lease_link, cursor_link, due_link) = (next()?, next()?, next()?);
+        let (lease_link, cursor_link, due_link, upkeep_link) = (next()?, next()?, next()?, next()?);
         let pages = Arc::new(Pages::new(others.collect()).await?);
         announce(connector, &greeting);
 
@@ -132,6 +133,7 @@ impl Session {
         roles.spawn(leases::follow(lease_link, identity, told, release.clone()).in_current_span());
         roles.spawn(endless(cursors::follow(cursor_link, cursors.clone())).in_current_span());
         roles.spawn(endless(due::follow(due_link)).in_current_span());
+        roles.spawn(endless(upkeep::follow(upkeep_link, config.upkeep)).in_current_span());
         let (deliveries, patience) = (Deliveries::new(common), config.shutdown + STORING);
         Ok(Session { roles, deliveries, cursors, assignments, release, patience })
     }

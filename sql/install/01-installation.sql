@@ -19,6 +19,15 @@ INSERT INTO dtm.installation (era, database)
 SELECT ('x' || pg_catalog.left(pg_catalog.md5(pg_catalog.gen_random_uuid()::text), 8))::bit(32)::int, oid
 FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database();
 
+-- How far the turning over of the log and of control data is (13-rotation.sql). Whoever writes control data holds a lock on this
+-- table, so that the segment does not change under it. Not dumped: what is restored begins anew.
+CREATE TABLE dtm.rotation (
+    only_row        boolean  PRIMARY KEY DEFAULT true CHECK (only_row),
+    log_retired     bigint[] NOT NULL DEFAULT '{NULL,NULL,NULL}', -- by segment: the transaction that found it needed by nobody
+    control_retired bigint                    -- the transaction that copied what is needed out of the segment that is not written
+);
+INSERT INTO dtm.rotation DEFAULT VALUES;
+
 -- The eras that rows of the log were written in, by age. The first relay that meets a new one adds it.
 CREATE TABLE dtm.eras (
     era      int         PRIMARY KEY,

@@ -8,7 +8,7 @@ CREATE TABLE dtm.subscription (
     topics      text[]      NOT NULL,
     destination text        NOT NULL,
     options     jsonb       NOT NULL,
-    state       text        NOT NULL DEFAULT 'active' CHECK (state IN ('active', 'paused', 'disabled')),
+    state       text        NOT NULL DEFAULT 'active' CHECK (state IN ('active', 'paused', 'disabled', 'dropped')),
     reason      text,                         -- why it is not active, where nobody asked for it
     since       timestamptz,                  -- events published before are passed over
     epoch       bigint      NOT NULL DEFAULT 1, -- raised by rewind: cursors of an earlier epoch are void
@@ -54,8 +54,20 @@ SELECT pg_catalog.pg_extension_config_dump('dtm.cursor_id_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('dtm.cursor_log_1', '');
 SELECT pg_catalog.pg_extension_config_dump('dtm.cursor_log_2', '');
 
-CREATE VIEW dtm.position_log AS SELECT * FROM dtm.position_log_1 UNION ALL SELECT * FROM dtm.position_log_2;
-CREATE VIEW dtm.cursor_log AS SELECT * FROM dtm.cursor_log_1 UNION ALL SELECT * FROM dtm.cursor_log_2;
+-- A cursor and the positions that it names stand in the same segment.
+CREATE VIEW dtm.position_log AS
+SELECT *, 1::smallint AS segment FROM dtm.position_log_1 UNION ALL SELECT *, 2::smallint FROM dtm.position_log_2;
+CREATE VIEW dtm.cursor_log AS
+SELECT *, 1::smallint AS segment FROM dtm.cursor_log_1 UNION ALL SELECT *, 2::smallint FROM dtm.cursor_log_2;
+
+-- The segment that is written, which stays so until the transaction ends: rotation waits for this lock.
+CREATE FUNCTION dtm.control_segment() RETURNS smallint
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    LOCK TABLE dtm.rotation IN ROW SHARE MODE;
+    RETURN (SELECT control_segment FROM dtm.installation);
+END
+$$;
 
 -- The newest stored position of this era, or null: the later the base of a new one, the less has to be looked back for.
 CREATE FUNCTION dtm.latest_position() RETURNS text
@@ -89,11 +101,12 @@ CREATE FUNCTION dtm.store_positions(bodies text[]) RETURNS bigint[]
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     ids bigint[];
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint;
 BEGIN
     IF cardinality(bodies) = 0 THEN
         RETURN '{}';
     END IF;
+    segment := dtm.control_segment();
     ids := ARRAY(SELECT nextval('dtm.position_id_seq') FROM generate_subscripts(bodies, 1));
     INSERT INTO dtm.position_log_1 (id, era, seq, low, body)
     SELECT p.id, dtm.position_era(p.body), dtm.position_seq(p.body), dtm.position_low(p.body), p.body
@@ -105,6 +118,30 @@ BEGIN
 END
 $$;
 
+-- Makes sure that positions stand in the segment that is written. Answers those that are nowhere any more.
+CREATE FUNCTION dtm.keep_positions(ids bigint[]) RETURNS bigint[]
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    segment smallint := dtm.control_segment();
+    missing bigint[];
+BEGIN
+    IF segment = 1 THEN
+        missing := ARRAY(SELECT DISTINCT n.id FROM unnest(ids) AS n (id)
+                         WHERE n.id > 0 AND NOT EXISTS (SELECT FROM dtm.position_log_1 p WHERE p.id = n.id));
+        IF missing <> '{}' THEN
+            INSERT INTO dtm.position_log_1 SELECT * FROM dtm.position_log_2 p WHERE p.id = ANY (missing);
+        END IF;
+    ELSE
+        missing := ARRAY(SELECT DISTINCT n.id FROM unnest(ids) AS n (id)
+                         WHERE n.id > 0 AND NOT EXISTS (SELECT FROM dtm.position_log_2 p WHERE p.id = n.id));
+        IF missing <> '{}' THEN
+            INSERT INTO dtm.position_log_2 SELECT * FROM dtm.position_log_1 p WHERE p.id = ANY (missing);
+        END IF;
+    END IF;
+    RETURN ARRAY(SELECT unnest(missing) EXCEPT SELECT p.id FROM dtm.position_log p WHERE p.id = ANY (missing));
+END
+$$;
+
 -- A subscription begins where start_at says: 'now', 'earliest', or a time. Sets a cursor for each shard, and the time it skips
 -- to.
 CREATE FUNCTION dtm.start_subscription(subscription_id bigint, start_at text) RETURNS void
@@ -113,7 +150,7 @@ DECLARE
     body text;
     start_time timestamptz;
     position_id bigint;
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint := dtm.control_segment();
 BEGIN
     IF start_at = 'now' THEN
         body := dtm.current_position(dtm.latest_position());
@@ -218,9 +255,27 @@ BEGIN
 END
 $$;
 
+-- A dropped subscription has lost events: nobody shall go on past that without saying so.
+CREATE FUNCTION dtm.check_not_dropped(name text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    why text;
+BEGIN
+    SELECT s.reason INTO why FROM dtm.subscription s WHERE s.name = check_not_dropped.name AND s.state = 'dropped';
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = 'the subscription was dropped',
+            DETAIL = format('%s.', why),
+            HINT = 'dtm.rewind brings it back: to ''now'', to ''earliest'', or to a time.';
+    END IF;
+END
+$$;
+
 CREATE FUNCTION dtm.pause(name text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    PERFORM dtm.check_not_dropped(name);
     UPDATE dtm.subscription AS s SET state = 'paused', reason = NULL WHERE s.name = pause.name;
     IF NOT FOUND THEN
         PERFORM dtm.raise_no_subscription(name);
@@ -231,6 +286,7 @@ $$;
 CREATE FUNCTION dtm.resume(name text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    PERFORM dtm.check_not_dropped(name);
     UPDATE dtm.subscription AS s SET state = 'active', reason = NULL WHERE s.name = resume.name;
     IF NOT FOUND THEN
         PERFORM dtm.raise_no_subscription(name);
@@ -245,7 +301,10 @@ DECLARE
 BEGIN
     PERFORM dtm.check_start_at(start_at);
     subscription_id := dtm.lock_settlements(name);
-    UPDATE dtm.subscription AS s SET epoch = s.epoch + 1 WHERE s.id = subscription_id;
+    UPDATE dtm.subscription AS s
+    SET epoch = s.epoch + 1, state = CASE s.state WHEN 'dropped' THEN 'active' ELSE s.state END,
+        reason = CASE s.state WHEN 'dropped' THEN NULL ELSE s.reason END
+    WHERE s.id = subscription_id;
     IF NOT FOUND THEN
         PERFORM dtm.raise_no_subscription(name);
     END IF;

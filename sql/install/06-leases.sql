@@ -50,7 +50,7 @@ LEFT JOIN LATERAL (
 CREATE FUNCTION dtm.heartbeat(relay uuid, relay_name text, expires_at timestamptz, shares boolean) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF (SELECT control_segment FROM dtm.installation) = 1 THEN
+    IF dtm.control_segment() = 1 THEN
         INSERT INTO dtm.heartbeat_log_1 VALUES (nextval('dtm.heartbeat_id_seq'), relay, relay_name, expires_at, shares);
     ELSE
         INSERT INTO dtm.heartbeat_log_2 VALUES (nextval('dtm.heartbeat_id_seq'), relay, relay_name, expires_at, shares);
@@ -73,13 +73,14 @@ RETURNS TABLE (subscription bigint, shard int, name text, topics text[], destina
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 #variable_conflict use_column
 DECLARE
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint;
 BEGIN
     PERFORM dtm.heartbeat(relay_lease.relay, relay_name, clock_timestamp() + make_interval(secs => lease_seconds));
     IF EXISTS (SELECT FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
                WHERE NOT o.alive AND o.shards = 1 AND s.state = 'active') THEN
         -- Waits for cursors on their way: what an owner wrote is read by the next, what it writes later is refused.
         LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
+        segment := dtm.control_segment();
         INSERT INTO dtm.lease_log_1 (token, subscription, shard, relay)
         SELECT nextval('dtm.lease_token_seq'), o.subscription, 0, relay_lease.relay
         FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription

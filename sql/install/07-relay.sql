@@ -110,8 +110,8 @@ BEGIN ATOMIC
     FROM (SELECT * FROM dtm.cursor_log l
           WHERE l.subscription = relay_cursor.subscription AND l.shard = relay_cursor.shard AND l.epoch = relay_cursor.epoch
           ORDER BY l.id DESC LIMIT 1) c
-    JOIN dtm.position_log p ON p.id = c."position"
-    LEFT JOIN dtm.position_log t ON t.id = c.target
+    JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
+    LEFT JOIN dtm.position_log t ON t.id = c.target AND t.segment = c.segment
     WHERE c.target IS NULL OR t.id IS NOT NULL;
 END;
 
@@ -124,8 +124,8 @@ BEGIN ATOMIC
     FROM (SELECT * FROM dtm.cursor_log l
           WHERE l.subscription = relay_resume.subscription AND l.shard = relay_resume.shard AND l.epoch = relay_resume.epoch
           ORDER BY l.id DESC LIMIT 1) c
-    JOIN dtm.position_log p ON p.id = c."position"
-    LEFT JOIN dtm.position_log t ON t.id = c.target
+    JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
+    LEFT JOIN dtm.position_log t ON t.id = c.target AND t.segment = c.segment
     WHERE c.target IS NULL OR t.id IS NOT NULL;
 END;
 
@@ -165,11 +165,12 @@ CREATE FUNCTION dtm.relay_move(
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint := dtm.control_segment();
     moved bigint[];
 BEGIN
     -- Against a lease that is being taken over at this moment.
     LOCK TABLE dtm.lease_log_1 IN ROW SHARE MODE;
+    PERFORM dtm.keep_positions(positions || targets);
     position_ids := dtm.store_positions(new_positions);
     WITH asked AS (
         SELECT m.subscription, m.shard, m.epoch, m.token, m.acked,

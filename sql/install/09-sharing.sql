@@ -41,7 +41,7 @@ RETURNS TABLE (subscription bigint, shard int, shards int, name text, topics tex
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 #variable_conflict use_column
 DECLARE
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint;
     lacking bigint;  -- how many units it may take; below 0: how many it should give
 BEGIN
     PERFORM dtm.heartbeat(relay_assign.relay, relay_name, clock_timestamp() + make_interval(secs => lease_seconds), true);
@@ -50,6 +50,7 @@ BEGIN
         -- Waits for cursors on their way: what an owner wrote is read by the next, what it writes later is refused. And for
         -- other relays that take: then it counts anew.
         LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
+        segment := dtm.control_segment();
         SELECT least(s.target - s.owned, s.free) INTO lacking FROM dtm.shares s WHERE s.relay = relay_assign.relay;
         WITH taken AS MATERIALIZED (
             SELECT o.subscription, o.shard
@@ -78,9 +79,10 @@ CREATE FUNCTION dtm.relay_begin(relay uuid) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint;
 BEGIN
     LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
+    segment := dtm.control_segment();
     WITH own AS MATERIALIZED (
         SELECT o.subscription, o.shard FROM dtm.owners o WHERE o.relay = relay_begin.relay
     ), first AS (
@@ -97,13 +99,14 @@ CREATE FUNCTION dtm.relay_give(relay uuid, subscriptions bigint[], shards int[],
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint;
     nobody CONSTANT uuid := '00000000-0000-0000-0000-000000000000';
 BEGIN
     IF cardinality(tokens) = 0 THEN
         RETURN;
     END IF;
     LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
+    segment := dtm.control_segment();
     WITH given AS MATERIALIZED (
         SELECT g.subscription, g.shard
         FROM unnest(subscriptions, shards, tokens) AS g (subscription, shard, token)
@@ -130,7 +133,7 @@ DECLARE
     old dtm.subscription;
     old_shards int;
     new_shards int := coalesce((new_options ->> 'shards')::int, 1);
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint := dtm.control_segment();
     start record;
 BEGIN
     SELECT * INTO old FROM dtm.subscription s WHERE s.name = subscription_name FOR UPDATE;
@@ -145,10 +148,10 @@ BEGIN
     INTO start
     FROM generate_series(0, old_shards - 1) AS unit (shard)
     CROSS JOIN LATERAL (
-        SELECT l."position", l.target, l.acked, l.ahead FROM dtm.cursor_log l
+        SELECT l."position", l.target, l.acked, l.ahead, l.segment FROM dtm.cursor_log l
         WHERE l.subscription = subscription_id AND l.shard = unit.shard AND l.epoch = old.epoch
         ORDER BY l.id DESC LIMIT 1) c
-    JOIN dtm.position_log p ON p.id = c."position"
+    JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
     LEFT JOIN dtm.eras e ON e.era = p.era;
     IF start.cursors <> old_shards THEN
         RAISE EXCEPTION USING
@@ -158,6 +161,7 @@ BEGIN
             HINT = 'Set its cursor with dtm.rewind, then subscribe again.';
     END IF;
     UPDATE dtm.subscription s SET epoch = s.epoch + 1, revision = s.revision + 1 WHERE s.id = subscription_id;
+    PERFORM dtm.keep_positions(ARRAY[start."position", start.target]);
     WITH cursor AS (
         SELECT nextval('dtm.cursor_id_seq') AS id, shard, start."position",
                CASE WHEN start.together THEN start.target END AS target,

@@ -4,21 +4,26 @@
 -- Moves cursors and settles events, all in one statement: an event is parked in the transaction that moves the cursor past it.
 -- A position is a stored one's id, or -k for the k-th of the new ones. "of" says, counted from 1, which cursor a settlement
 -- goes with: both are applied or neither. Fenced are those whose epoch or token is not the newest, busy those whose
--- subscription a user works on just now, broken those that speak of an event that is not in the log.
+-- subscription a user works on just now, broken those that speak of an event that is not in the log, stale those that name
+-- positions which are no longer stored: they have to be told anew.
 CREATE FUNCTION dtm.relay_store(
     new_positions text[], subscriptions bigint[], shards int[], epochs bigint[], tokens bigint[],
     positions bigint[], targets bigint[], acked bigint[], ahead text[],
     "of" int[], seqs bigint[], what text[], attempts int[], next_in float8[], histories jsonb[],
-    OUT position_ids bigint[], OUT fenced int[], OUT busy int[], OUT broken int[])
+    OUT position_ids bigint[], OUT fenced int[], OUT busy int[], OUT broken int[], OUT stale int[])
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint := dtm.control_segment();
     moved int[];
+    unknown bigint[];
 BEGIN
     -- Against a lease that is being taken over at this moment.
     LOCK TABLE dtm.lease_log_1 IN ROW SHARE MODE;
     position_ids := dtm.store_positions(new_positions);
+    unknown := dtm.keep_positions(positions || targets);
+    stale := ARRAY(SELECT m.at::int FROM unnest(positions, targets) WITH ORDINALITY AS m ("position", target, at)
+                   WHERE m."position" = ANY (unknown) OR m.target = ANY (unknown));
     busy := '{}';
     broken := '{}';
     IF cardinality("of") > 0 THEN
@@ -33,7 +38,7 @@ BEGIN
                CASE WHEN m.target < 0 THEN position_ids[-m.target] ELSE m.target END AS target
         FROM unnest(subscriptions, shards, epochs, tokens, positions, targets, relay_store.acked, relay_store.ahead)
              WITH ORDINALITY AS m (subscription, shard, epoch, token, "position", target, acked, ahead, at)
-        WHERE m.at <> ALL (busy) AND m.at <> ALL (broken)
+        WHERE m.at <> ALL (busy || broken || stale)
     ), granted AS MATERIALIZED (
         SELECT nextval('dtm.cursor_id_seq') AS id, a.*
         FROM asked a
@@ -49,7 +54,7 @@ BEGIN
     )
     SELECT coalesce(array_agg(at), '{}') INTO moved FROM granted;
     fenced := ARRAY(SELECT generate_subscripts(subscriptions, 1) EXCEPT SELECT unnest(moved)
-                    EXCEPT SELECT unnest(busy) EXCEPT SELECT unnest(broken) ORDER BY 1);
+                    EXCEPT SELECT unnest(busy || broken || stale) ORDER BY 1);
     IF cardinality("of") > 0 THEN
         PERFORM dtm.settle(moved, subscriptions, "of", seqs, what, attempts, next_in, histories);
     END IF;

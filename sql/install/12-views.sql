@@ -22,6 +22,49 @@ FROM dtm.log;
 
 COMMENT ON VIEW dtm.events IS 'The log: every event that is retained. payload is its body where that is JSON.';
 
+-- The newest cursor of a subscription, or of a shard. It has seen what its position's snapshot sees (the fourth part of its
+-- text), and in the window after it what lies up to acked; all that it has not lies above low.
+CREATE FUNCTION dtm.cursor_at(subscription bigint, shard int, epoch bigint)
+RETURNS TABLE (era int, low bigint, acked bigint, moved_at timestamptz, seen pg_snapshot, seen_then pg_snapshot)
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT p.era,
+           CASE WHEN p.seq = 9223372036854775807 THEN 0  -- the end of an era: all of the next one lies before it
+                ELSE least(CASE WHEN c.acked = 0 THEN p.low ELSE c.acked END, t.low) END,
+           c.acked, c.moved_at,
+           pg_catalog.split_part(p.body, '|', 4)::pg_catalog.pg_snapshot,
+           pg_catalog.split_part(t.body, '|', 4)::pg_catalog.pg_snapshot
+    FROM dtm.cursor_log c
+    JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
+    LEFT JOIN dtm.position_log t ON t.id = c.target AND t.segment = c.segment
+    WHERE c.subscription = cursor_at.subscription AND c.shard = cursor_at.shard AND c.epoch = cursor_at.epoch
+    ORDER BY c.id DESC LIMIT 1;
+END;
+
+-- The first and the last event of each segment of the log, and its size.
+CREATE FUNCTION dtm.log_segments()
+RETURNS TABLE (segment int, first_seq bigint, first_at timestamptz, last_seq bigint, last_at timestamptz, bytes bigint)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+BEGIN
+    FOR n IN 1 .. 3 LOOP
+        segment := n;
+        EXECUTE format('SELECT f.seq, f.published_at, l.seq, l.published_at, pg_table_size(''dtm.log_%1$s'')
+                        FROM (SELECT seq, published_at FROM dtm.log_%1$s ORDER BY seq LIMIT 1) f,
+                             (SELECT seq, published_at FROM dtm.log_%1$s ORDER BY seq DESC LIMIT 1) l', segment)
+        INTO first_seq, first_at, last_seq, last_at, bytes;
+        RETURN NEXT;
+    END LOOP;
+END
+$$;
+
+-- How many bytes of the log lie above a number, about: events are taken for evenly large.
+CREATE FUNCTION dtm.log_bytes_above(seq bigint) RETURNS bigint
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT coalesce(sum(s.bytes * least(1, (s.last_seq - log_bytes_above.seq)::float8 / (s.last_seq - s.first_seq + 1))), 0)::bigint
+    FROM dtm.log_segments() s WHERE s.last_seq > log_bytes_above.seq;
+END;
+
 -- How far each subscription, or each of its shards, is. lag_events counts sequence numbers, so it is an upper bound: rolled-back
 -- events, other topics, other shards, and what was delivered before a transaction that began earlier has ended, count too. Null:
 -- there is no cursor.
@@ -32,48 +75,41 @@ SELECT s.id AS subscription, o.shard,
             ELSE coalesce(extract(epoch FROM pg_catalog.clock_timestamp() - behind.published_at), 0) END::float8 AS lag_seconds,
        CASE WHEN cursor.low IS NULL THEN NULL
             WHEN behind.published_at IS NULL THEN 0 ELSE head.seq - cursor.low END AS lag_events,
-       cursor.moved_at
+       cursor.moved_at,
+       CASE WHEN cursor.low IS NULL THEN NULL
+            WHEN behind.published_at IS NULL THEN 0 ELSE dtm.log_bytes_above(cursor.low) END AS lag_bytes,
+       behind.seq AS next_seq  -- the first that is not delivered
 FROM dtm.subscription s
 JOIN dtm.owners o ON o.subscription = s.id
 CROSS JOIN LATERAL (
     SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS seq FROM dtm.event_seq) head
--- A position has seen what its snapshot sees (the fourth part of its text); all that it has not lies above its low.
-LEFT JOIN LATERAL (
-    SELECT p.era, e.ordinal, c.acked, c.moved_at,
-           pg_catalog.split_part(p.body, '|', 4)::pg_catalog.pg_snapshot AS seen,
-           pg_catalog.split_part(t.body, '|', 4)::pg_catalog.pg_snapshot AS seen_then,
-           CASE WHEN p.seq = 9223372036854775807 THEN 0  -- the end of an era: all of the next one lies before it
-                ELSE least(CASE WHEN c.acked = 0 THEN p.low ELSE c.acked END, t.low) END AS low
-    FROM dtm.cursor_log c
-    JOIN dtm.position_log p ON p.id = c."position"
-    LEFT JOIN dtm.position_log t ON t.id = c.target
-    LEFT JOIN dtm.eras e ON e.era = p.era
-    WHERE c.subscription = s.id AND c.shard = o.shard AND c.epoch = s.epoch
-    ORDER BY c.id DESC LIMIT 1) cursor ON true
+LEFT JOIN LATERAL dtm.cursor_at(s.id, o.shard, s.epoch) cursor ON true
+LEFT JOIN dtm.eras ON eras.era = cursor.era
 -- The first that is not delivered: of the position's era, or of a later one.
 LEFT JOIN LATERAL (
-    SELECT l.published_at FROM dtm.log l
+    SELECT l.seq, l.published_at FROM dtm.log l
     WHERE l.seq > cursor.low
       AND CASE WHEN l.era <> cursor.era
-               THEN coalesce((SELECT e.ordinal > coalesce(cursor.ordinal, 2147483647) FROM dtm.eras e WHERE e.era = l.era), true)
+               THEN coalesce((SELECT e.ordinal > coalesce(eras.ordinal, 2147483647) FROM dtm.eras e WHERE e.era = l.era), true)
                ELSE NOT pg_catalog.pg_visible_in_snapshot(l.xid, cursor.seen)
                     AND (l.seq > cursor.acked OR NOT pg_catalog.pg_visible_in_snapshot(l.xid, cursor.seen_then)) END
     ORDER BY l.seq LIMIT 1) behind ON true;
 
--- The lag is that of the slowest shard.
+-- The lag is that of the slowest shard; next_seq is the first event that it has not had.
 CREATE VIEW dtm.subscriptions AS
 SELECT s.name, s.topics, s.destination, s.options, s.state, s.reason,
        progress.owner, progress.lag_seconds, progress.lag_events, progress.moved_at,
        s.epoch, s.since, s.created_at, s.id,
        (SELECT count(*) FROM dtm.retry r WHERE r.subscription = s.id) AS retrying,
        (SELECT count(*) FROM dtm.dead_letter d WHERE d.subscription = s.id) AS dead,
-       progress.shards
+       progress.shards, progress.lag_bytes, progress.next_seq
 FROM dtm.subscription s
 CROSS JOIN LATERAL (
     SELECT pg_catalog.string_agg(DISTINCT p.owner, ', ' ORDER BY p.owner) AS owner,
            CASE WHEN bool_and(p.lag_seconds IS NOT NULL) THEN max(p.lag_seconds) END AS lag_seconds,
            CASE WHEN bool_and(p.lag_events IS NOT NULL) THEN max(p.lag_events) END AS lag_events,
-           max(p.moved_at) AS moved_at, count(*)::int AS shards
+           CASE WHEN bool_and(p.lag_bytes IS NOT NULL) THEN max(p.lag_bytes) END AS lag_bytes,
+           max(p.moved_at) AS moved_at, count(*)::int AS shards, min(p.next_seq) AS next_seq
     FROM dtm.progress p WHERE p.subscription = s.id) progress;
 
 COMMENT ON VIEW dtm.subscriptions IS

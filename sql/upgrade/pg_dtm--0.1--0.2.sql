@@ -4,6 +4,8 @@
 -- From 0.1: what was delivered, and what was not, stays as it is. What this makes and what sql/install makes is the same; a test
 -- compares the two.
 
+ALTER TABLE dtm.subscription DROP CONSTRAINT subscription_state_check;
+ALTER TABLE dtm.subscription ADD CHECK (state IN ('active', 'paused', 'disabled', 'dropped'));
 ALTER TABLE dtm.subscription ADD COLUMN revision bigint NOT NULL DEFAULT 0;
 ALTER TABLE dtm.cursor_log_1 ADD COLUMN ahead bigint[];
 ALTER TABLE dtm.cursor_log_2 ADD COLUMN ahead bigint[];
@@ -13,10 +15,97 @@ ALTER TABLE dtm.heartbeat_log_2 ADD COLUMN shares boolean CONSTRAINT heartbeat_l
 CREATE INDEX heartbeat_log_1_expires ON dtm.heartbeat_log_1 (expires_at);
 CREATE INDEX heartbeat_log_2_expires_at_idx ON dtm.heartbeat_log_2 (expires_at);
 
-CREATE OR REPLACE VIEW dtm.cursor_log AS SELECT * FROM dtm.cursor_log_1 UNION ALL SELECT * FROM dtm.cursor_log_2;
 CREATE OR REPLACE VIEW dtm.heartbeat_log AS SELECT * FROM dtm.heartbeat_log_1 UNION ALL SELECT * FROM dtm.heartbeat_log_2;
 
+-- How far the turning over of the log and of control data is (13-rotation.sql). Whoever writes control data holds a lock on this
+-- table, so that the segment does not change under it. Not dumped: what is restored begins anew.
+CREATE TABLE dtm.rotation (
+    only_row        boolean  PRIMARY KEY DEFAULT true CHECK (only_row),
+    log_retired     bigint[] NOT NULL DEFAULT '{NULL,NULL,NULL}', -- by segment: the transaction that found it needed by nobody
+    control_retired bigint                    -- the transaction that copied what is needed out of the segment that is not written
+);
+INSERT INTO dtm.rotation DEFAULT VALUES;
+
+
 -- Subscriptions, positions and cursors.
+
+-- A cursor and the positions that it names stand in the same segment.
+CREATE OR REPLACE VIEW dtm.position_log AS
+SELECT *, 1::smallint AS segment FROM dtm.position_log_1 UNION ALL SELECT *, 2::smallint FROM dtm.position_log_2;
+CREATE OR REPLACE VIEW dtm.cursor_log AS
+SELECT *, 1::smallint AS segment FROM dtm.cursor_log_1 UNION ALL SELECT *, 2::smallint FROM dtm.cursor_log_2;
+
+-- The segment that is written, which stays so until the transaction ends: rotation waits for this lock.
+CREATE FUNCTION dtm.control_segment() RETURNS smallint
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    LOCK TABLE dtm.rotation IN ROW SHARE MODE;
+    RETURN (SELECT control_segment FROM dtm.installation);
+END
+$$;
+
+
+CREATE OR REPLACE FUNCTION dtm.store_positions(bodies text[]) RETURNS bigint[]
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    ids bigint[];
+    segment smallint;
+BEGIN
+    IF cardinality(bodies) = 0 THEN
+        RETURN '{}';
+    END IF;
+    segment := dtm.control_segment();
+    ids := ARRAY(SELECT nextval('dtm.position_id_seq') FROM generate_subscripts(bodies, 1));
+    INSERT INTO dtm.position_log_1 (id, era, seq, low, body)
+    SELECT p.id, dtm.position_era(p.body), dtm.position_seq(p.body), dtm.position_low(p.body), p.body
+    FROM unnest(ids, bodies) AS p (id, body) WHERE segment = 1;
+    INSERT INTO dtm.position_log_2 (id, era, seq, low, body)
+    SELECT p.id, dtm.position_era(p.body), dtm.position_seq(p.body), dtm.position_low(p.body), p.body
+    FROM unnest(ids, bodies) AS p (id, body) WHERE segment = 2;
+    RETURN ids;
+END
+$$;
+
+-- Makes sure that positions stand in the segment that is written. Answers those that are nowhere any more.
+CREATE FUNCTION dtm.keep_positions(ids bigint[]) RETURNS bigint[]
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    segment smallint := dtm.control_segment();
+    missing bigint[];
+BEGIN
+    IF segment = 1 THEN
+        missing := ARRAY(SELECT DISTINCT n.id FROM unnest(ids) AS n (id)
+                         WHERE n.id > 0 AND NOT EXISTS (SELECT FROM dtm.position_log_1 p WHERE p.id = n.id));
+        IF missing <> '{}' THEN
+            INSERT INTO dtm.position_log_1 SELECT * FROM dtm.position_log_2 p WHERE p.id = ANY (missing);
+        END IF;
+    ELSE
+        missing := ARRAY(SELECT DISTINCT n.id FROM unnest(ids) AS n (id)
+                         WHERE n.id > 0 AND NOT EXISTS (SELECT FROM dtm.position_log_2 p WHERE p.id = n.id));
+        IF missing <> '{}' THEN
+            INSERT INTO dtm.position_log_2 SELECT * FROM dtm.position_log_1 p WHERE p.id = ANY (missing);
+        END IF;
+    END IF;
+    RETURN ARRAY(SELECT unnest(missing) EXCEPT SELECT p.id FROM dtm.position_log p WHERE p.id = ANY (missing));
+END
+$$;
+
+-- A dropped subscription has lost events: nobody shall go on past that without saying so.
+CREATE FUNCTION dtm.check_not_dropped(name text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    why text;
+BEGIN
+    SELECT s.reason INTO why FROM dtm.subscription s WHERE s.name = check_not_dropped.name AND s.state = 'dropped';
+    IF FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = 'the subscription was dropped',
+            DETAIL = format('%s.', why),
+            HINT = 'dtm.rewind brings it back: to ''now'', to ''earliest'', or to a time.';
+    END IF;
+END
+$$;
 
 -- Positions of one era were read in the order of this.
 CREATE FUNCTION dtm.position_order(body text) RETURNS bigint[]
@@ -30,7 +119,7 @@ DECLARE
     body text;
     start_time timestamptz;
     position_id bigint;
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint := dtm.control_segment();
 BEGIN
     IF start_at = 'now' THEN
         body := dtm.current_position(dtm.latest_position());
@@ -102,6 +191,28 @@ BEGIN
 END
 $$;
 
+CREATE OR REPLACE FUNCTION dtm.pause(name text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM dtm.check_not_dropped(name);
+    UPDATE dtm.subscription AS s SET state = 'paused', reason = NULL WHERE s.name = pause.name;
+    IF NOT FOUND THEN
+        PERFORM dtm.raise_no_subscription(name);
+    END IF;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION dtm.resume(name text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM dtm.check_not_dropped(name);
+    UPDATE dtm.subscription AS s SET state = 'active', reason = NULL WHERE s.name = resume.name;
+    IF NOT FOUND THEN
+        PERFORM dtm.raise_no_subscription(name);
+    END IF;
+END
+$$;
+
 CREATE OR REPLACE FUNCTION dtm.rewind(name text, start_at text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -109,7 +220,10 @@ DECLARE
 BEGIN
     PERFORM dtm.check_start_at(start_at);
     subscription_id := dtm.lock_settlements(name);
-    UPDATE dtm.subscription AS s SET epoch = s.epoch + 1 WHERE s.id = subscription_id;
+    UPDATE dtm.subscription AS s
+    SET epoch = s.epoch + 1, state = CASE s.state WHEN 'dropped' THEN 'active' ELSE s.state END,
+        reason = CASE s.state WHEN 'dropped' THEN NULL ELSE s.reason END
+    WHERE s.id = subscription_id;
     IF NOT FOUND THEN
         PERFORM dtm.raise_no_subscription(name);
     END IF;
@@ -144,7 +258,7 @@ LEFT JOIN LATERAL (
 CREATE FUNCTION dtm.heartbeat(relay uuid, relay_name text, expires_at timestamptz, shares boolean) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF (SELECT control_segment FROM dtm.installation) = 1 THEN
+    IF dtm.control_segment() = 1 THEN
         INSERT INTO dtm.heartbeat_log_1 VALUES (nextval('dtm.heartbeat_id_seq'), relay, relay_name, expires_at, shares);
     ELSE
         INSERT INTO dtm.heartbeat_log_2 VALUES (nextval('dtm.heartbeat_id_seq'), relay, relay_name, expires_at, shares);
@@ -167,13 +281,14 @@ RETURNS TABLE (subscription bigint, shard int, name text, topics text[], destina
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 #variable_conflict use_column
 DECLARE
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint;
 BEGIN
     PERFORM dtm.heartbeat(relay_lease.relay, relay_name, clock_timestamp() + make_interval(secs => lease_seconds));
     IF EXISTS (SELECT FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
                WHERE NOT o.alive AND o.shards = 1 AND s.state = 'active') THEN
         -- Waits for cursors on their way: what an owner wrote is read by the next, what it writes later is refused.
         LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
+        segment := dtm.control_segment();
         INSERT INTO dtm.lease_log_1 (token, subscription, shard, relay)
         SELECT nextval('dtm.lease_token_seq'), o.subscription, 0, relay_lease.relay
         FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
@@ -201,8 +316,8 @@ BEGIN ATOMIC
     FROM (SELECT * FROM dtm.cursor_log l
           WHERE l.subscription = relay_cursor.subscription AND l.shard = relay_cursor.shard AND l.epoch = relay_cursor.epoch
           ORDER BY l.id DESC LIMIT 1) c
-    JOIN dtm.position_log p ON p.id = c."position"
-    LEFT JOIN dtm.position_log t ON t.id = c.target
+    JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
+    LEFT JOIN dtm.position_log t ON t.id = c.target AND t.segment = c.segment
     WHERE c.target IS NULL OR t.id IS NOT NULL;
 END;
 
@@ -215,10 +330,49 @@ BEGIN ATOMIC
     FROM (SELECT * FROM dtm.cursor_log l
           WHERE l.subscription = relay_resume.subscription AND l.shard = relay_resume.shard AND l.epoch = relay_resume.epoch
           ORDER BY l.id DESC LIMIT 1) c
-    JOIN dtm.position_log p ON p.id = c."position"
-    LEFT JOIN dtm.position_log t ON t.id = c.target
+    JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
+    LEFT JOIN dtm.position_log t ON t.id = c.target AND t.segment = c.segment
     WHERE c.target IS NULL OR t.id IS NOT NULL;
 END;
+
+-- Moves cursors, all in one statement. A position is a stored one's id, or -k for the k-th of the new ones. Refuses those
+-- whose epoch or token is not the newest, and says which.
+CREATE OR REPLACE FUNCTION dtm.relay_move(
+    new_positions text[], subscriptions bigint[], shards int[], epochs bigint[], tokens bigint[],
+    positions bigint[], targets bigint[], acked bigint[], OUT position_ids bigint[], OUT fenced bigint[])
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    segment smallint := dtm.control_segment();
+    moved bigint[];
+BEGIN
+    -- Against a lease that is being taken over at this moment.
+    LOCK TABLE dtm.lease_log_1 IN ROW SHARE MODE;
+    PERFORM dtm.keep_positions(positions || targets);
+    position_ids := dtm.store_positions(new_positions);
+    WITH asked AS (
+        SELECT m.subscription, m.shard, m.epoch, m.token, m.acked,
+               CASE WHEN m."position" < 0 THEN position_ids[-m."position"] ELSE m."position" END AS "position",
+               CASE WHEN m.target < 0 THEN position_ids[-m.target] ELSE m.target END AS target
+        FROM unnest(subscriptions, shards, epochs, tokens, positions, targets, relay_move.acked)
+             AS m (subscription, shard, epoch, token, "position", target, acked)
+    ), granted AS MATERIALIZED (
+        SELECT nextval('dtm.cursor_id_seq') AS id, a.*
+        FROM asked a
+        JOIN dtm.subscription s ON s.id = a.subscription AND s.epoch = a.epoch
+        WHERE a.token = (SELECT l.token FROM dtm.lease_log l
+                         WHERE l.subscription = a.subscription AND l.shard = a.shard ORDER BY l.token DESC LIMIT 1)
+    ), first AS (
+        INSERT INTO dtm.cursor_log_1 (id, subscription, shard, epoch, token, "position", target, acked)
+        SELECT id, subscription, shard, epoch, token, "position", target, acked FROM granted WHERE segment = 1
+    ), second AS (
+        INSERT INTO dtm.cursor_log_2 (id, subscription, shard, epoch, token, "position", target, acked)
+        SELECT id, subscription, shard, epoch, token, "position", target, acked FROM granted WHERE segment = 2
+    )
+    SELECT coalesce(array_agg(subscription), '{}') INTO moved FROM granted;
+    fenced := ARRAY(SELECT unnest(subscriptions) EXCEPT SELECT unnest(moved));
+END
+$$;
 
 -- The same of one shard: events of others are passed over.
 CREATE FUNCTION dtm.relay_page(from_position text, to_position text, after bigint, topics text[], since timestamptz,
@@ -337,7 +491,7 @@ RETURNS TABLE (subscription bigint, shard int, shards int, name text, topics tex
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 #variable_conflict use_column
 DECLARE
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint;
     lacking bigint;  -- how many units it may take; below 0: how many it should give
 BEGIN
     PERFORM dtm.heartbeat(relay_assign.relay, relay_name, clock_timestamp() + make_interval(secs => lease_seconds), true);
@@ -346,6 +500,7 @@ BEGIN
         -- Waits for cursors on their way: what an owner wrote is read by the next, what it writes later is refused. And for
         -- other relays that take: then it counts anew.
         LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
+        segment := dtm.control_segment();
         SELECT least(s.target - s.owned, s.free) INTO lacking FROM dtm.shares s WHERE s.relay = relay_assign.relay;
         WITH taken AS MATERIALIZED (
             SELECT o.subscription, o.shard
@@ -374,9 +529,10 @@ CREATE FUNCTION dtm.relay_begin(relay uuid) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint;
 BEGIN
     LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
+    segment := dtm.control_segment();
     WITH own AS MATERIALIZED (
         SELECT o.subscription, o.shard FROM dtm.owners o WHERE o.relay = relay_begin.relay
     ), first AS (
@@ -393,13 +549,14 @@ CREATE FUNCTION dtm.relay_give(relay uuid, subscriptions bigint[], shards int[],
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint;
     nobody CONSTANT uuid := '00000000-0000-0000-0000-000000000000';
 BEGIN
     IF cardinality(tokens) = 0 THEN
         RETURN;
     END IF;
     LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
+    segment := dtm.control_segment();
     WITH given AS MATERIALIZED (
         SELECT g.subscription, g.shard
         FROM unnest(subscriptions, shards, tokens) AS g (subscription, shard, token)
@@ -426,7 +583,7 @@ DECLARE
     old dtm.subscription;
     old_shards int;
     new_shards int := coalesce((new_options ->> 'shards')::int, 1);
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint := dtm.control_segment();
     start record;
 BEGIN
     SELECT * INTO old FROM dtm.subscription s WHERE s.name = subscription_name FOR UPDATE;
@@ -441,10 +598,10 @@ BEGIN
     INTO start
     FROM generate_series(0, old_shards - 1) AS unit (shard)
     CROSS JOIN LATERAL (
-        SELECT l."position", l.target, l.acked, l.ahead FROM dtm.cursor_log l
+        SELECT l."position", l.target, l.acked, l.ahead, l.segment FROM dtm.cursor_log l
         WHERE l.subscription = subscription_id AND l.shard = unit.shard AND l.epoch = old.epoch
         ORDER BY l.id DESC LIMIT 1) c
-    JOIN dtm.position_log p ON p.id = c."position"
+    JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
     LEFT JOIN dtm.eras e ON e.era = p.era;
     IF start.cursors <> old_shards THEN
         RAISE EXCEPTION USING
@@ -454,6 +611,7 @@ BEGIN
             HINT = 'Set its cursor with dtm.rewind, then subscribe again.';
     END IF;
     UPDATE dtm.subscription s SET epoch = s.epoch + 1, revision = s.revision + 1 WHERE s.id = subscription_id;
+    PERFORM dtm.keep_positions(ARRAY[start."position", start.target]);
     WITH cursor AS (
         SELECT nextval('dtm.cursor_id_seq') AS id, shard, start."position",
                CASE WHEN start.together THEN start.target END AS target,
@@ -476,21 +634,26 @@ $$;
 -- Moves cursors and settles events, all in one statement: an event is parked in the transaction that moves the cursor past it.
 -- A position is a stored one's id, or -k for the k-th of the new ones. "of" says, counted from 1, which cursor a settlement
 -- goes with: both are applied or neither. Fenced are those whose epoch or token is not the newest, busy those whose
--- subscription a user works on just now, broken those that speak of an event that is not in the log.
+-- subscription a user works on just now, broken those that speak of an event that is not in the log, stale those that name
+-- positions which are no longer stored: they have to be told anew.
 CREATE FUNCTION dtm.relay_store(
     new_positions text[], subscriptions bigint[], shards int[], epochs bigint[], tokens bigint[],
     positions bigint[], targets bigint[], acked bigint[], ahead text[],
     "of" int[], seqs bigint[], what text[], attempts int[], next_in float8[], histories jsonb[],
-    OUT position_ids bigint[], OUT fenced int[], OUT busy int[], OUT broken int[])
+    OUT position_ids bigint[], OUT fenced int[], OUT busy int[], OUT broken int[], OUT stale int[])
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
-    segment smallint := (SELECT control_segment FROM dtm.installation);
+    segment smallint := dtm.control_segment();
     moved int[];
+    unknown bigint[];
 BEGIN
     -- Against a lease that is being taken over at this moment.
     LOCK TABLE dtm.lease_log_1 IN ROW SHARE MODE;
     position_ids := dtm.store_positions(new_positions);
+    unknown := dtm.keep_positions(positions || targets);
+    stale := ARRAY(SELECT m.at::int FROM unnest(positions, targets) WITH ORDINALITY AS m ("position", target, at)
+                   WHERE m."position" = ANY (unknown) OR m.target = ANY (unknown));
     busy := '{}';
     broken := '{}';
     IF cardinality("of") > 0 THEN
@@ -505,7 +668,7 @@ BEGIN
                CASE WHEN m.target < 0 THEN position_ids[-m.target] ELSE m.target END AS target
         FROM unnest(subscriptions, shards, epochs, tokens, positions, targets, relay_store.acked, relay_store.ahead)
              WITH ORDINALITY AS m (subscription, shard, epoch, token, "position", target, acked, ahead, at)
-        WHERE m.at <> ALL (busy) AND m.at <> ALL (broken)
+        WHERE m.at <> ALL (busy || broken || stale)
     ), granted AS MATERIALIZED (
         SELECT nextval('dtm.cursor_id_seq') AS id, a.*
         FROM asked a
@@ -521,7 +684,7 @@ BEGIN
     )
     SELECT coalesce(array_agg(at), '{}') INTO moved FROM granted;
     fenced := ARRAY(SELECT generate_subscripts(subscriptions, 1) EXCEPT SELECT unnest(moved)
-                    EXCEPT SELECT unnest(busy) EXCEPT SELECT unnest(broken) ORDER BY 1);
+                    EXCEPT SELECT unnest(busy || broken || stale) ORDER BY 1);
     IF cardinality("of") > 0 THEN
         PERFORM dtm.settle(moved, subscriptions, "of", seqs, what, attempts, next_in, histories);
     END IF;
@@ -795,6 +958,49 @@ COMMENT ON FUNCTION dtm.redrive(text, uuid[], text, timestamptz, int, boolean) I
 COMMENT ON FUNCTION dtm.discard(text, uuid[], text, timestamptz, int, boolean) IS
     'Deletes dead letters: by id, by topic (a pattern), published at a time or later.';
 
+-- The newest cursor of a subscription, or of a shard. It has seen what its position's snapshot sees (the fourth part of its
+-- text), and in the window after it what lies up to acked; all that it has not lies above low.
+CREATE FUNCTION dtm.cursor_at(subscription bigint, shard int, epoch bigint)
+RETURNS TABLE (era int, low bigint, acked bigint, moved_at timestamptz, seen pg_snapshot, seen_then pg_snapshot)
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT p.era,
+           CASE WHEN p.seq = 9223372036854775807 THEN 0  -- the end of an era: all of the next one lies before it
+                ELSE least(CASE WHEN c.acked = 0 THEN p.low ELSE c.acked END, t.low) END,
+           c.acked, c.moved_at,
+           pg_catalog.split_part(p.body, '|', 4)::pg_catalog.pg_snapshot,
+           pg_catalog.split_part(t.body, '|', 4)::pg_catalog.pg_snapshot
+    FROM dtm.cursor_log c
+    JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
+    LEFT JOIN dtm.position_log t ON t.id = c.target AND t.segment = c.segment
+    WHERE c.subscription = cursor_at.subscription AND c.shard = cursor_at.shard AND c.epoch = cursor_at.epoch
+    ORDER BY c.id DESC LIMIT 1;
+END;
+
+-- The first and the last event of each segment of the log, and its size.
+CREATE FUNCTION dtm.log_segments()
+RETURNS TABLE (segment int, first_seq bigint, first_at timestamptz, last_seq bigint, last_at timestamptz, bytes bigint)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+BEGIN
+    FOR n IN 1 .. 3 LOOP
+        segment := n;
+        EXECUTE format('SELECT f.seq, f.published_at, l.seq, l.published_at, pg_table_size(''dtm.log_%1$s'')
+                        FROM (SELECT seq, published_at FROM dtm.log_%1$s ORDER BY seq LIMIT 1) f,
+                             (SELECT seq, published_at FROM dtm.log_%1$s ORDER BY seq DESC LIMIT 1) l', segment)
+        INTO first_seq, first_at, last_seq, last_at, bytes;
+        RETURN NEXT;
+    END LOOP;
+END
+$$;
+
+-- How many bytes of the log lie above a number, about: events are taken for evenly large.
+CREATE FUNCTION dtm.log_bytes_above(seq bigint) RETURNS bigint
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT coalesce(sum(s.bytes * least(1, (s.last_seq - log_bytes_above.seq)::float8 / (s.last_seq - s.first_seq + 1))), 0)::bigint
+    FROM dtm.log_segments() s WHERE s.last_seq > log_bytes_above.seq;
+END;
+
 -- How far each subscription, or each of its shards, is. lag_events counts sequence numbers, so it is an upper bound: rolled-back
 -- events, other topics, other shards, and what was delivered before a transaction that began earlier has ended, count too. Null:
 -- there is no cursor.
@@ -805,48 +1011,41 @@ SELECT s.id AS subscription, o.shard,
             ELSE coalesce(extract(epoch FROM pg_catalog.clock_timestamp() - behind.published_at), 0) END::float8 AS lag_seconds,
        CASE WHEN cursor.low IS NULL THEN NULL
             WHEN behind.published_at IS NULL THEN 0 ELSE head.seq - cursor.low END AS lag_events,
-       cursor.moved_at
+       cursor.moved_at,
+       CASE WHEN cursor.low IS NULL THEN NULL
+            WHEN behind.published_at IS NULL THEN 0 ELSE dtm.log_bytes_above(cursor.low) END AS lag_bytes,
+       behind.seq AS next_seq  -- the first that is not delivered
 FROM dtm.subscription s
 JOIN dtm.owners o ON o.subscription = s.id
 CROSS JOIN LATERAL (
     SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS seq FROM dtm.event_seq) head
--- A position has seen what its snapshot sees (the fourth part of its text); all that it has not lies above its low.
-LEFT JOIN LATERAL (
-    SELECT p.era, e.ordinal, c.acked, c.moved_at,
-           pg_catalog.split_part(p.body, '|', 4)::pg_catalog.pg_snapshot AS seen,
-           pg_catalog.split_part(t.body, '|', 4)::pg_catalog.pg_snapshot AS seen_then,
-           CASE WHEN p.seq = 9223372036854775807 THEN 0  -- the end of an era: all of the next one lies before it
-                ELSE least(CASE WHEN c.acked = 0 THEN p.low ELSE c.acked END, t.low) END AS low
-    FROM dtm.cursor_log c
-    JOIN dtm.position_log p ON p.id = c."position"
-    LEFT JOIN dtm.position_log t ON t.id = c.target
-    LEFT JOIN dtm.eras e ON e.era = p.era
-    WHERE c.subscription = s.id AND c.shard = o.shard AND c.epoch = s.epoch
-    ORDER BY c.id DESC LIMIT 1) cursor ON true
+LEFT JOIN LATERAL dtm.cursor_at(s.id, o.shard, s.epoch) cursor ON true
+LEFT JOIN dtm.eras ON eras.era = cursor.era
 -- The first that is not delivered: of the position's era, or of a later one.
 LEFT JOIN LATERAL (
-    SELECT l.published_at FROM dtm.log l
+    SELECT l.seq, l.published_at FROM dtm.log l
     WHERE l.seq > cursor.low
       AND CASE WHEN l.era <> cursor.era
-               THEN coalesce((SELECT e.ordinal > coalesce(cursor.ordinal, 2147483647) FROM dtm.eras e WHERE e.era = l.era), true)
+               THEN coalesce((SELECT e.ordinal > coalesce(eras.ordinal, 2147483647) FROM dtm.eras e WHERE e.era = l.era), true)
                ELSE NOT pg_catalog.pg_visible_in_snapshot(l.xid, cursor.seen)
                     AND (l.seq > cursor.acked OR NOT pg_catalog.pg_visible_in_snapshot(l.xid, cursor.seen_then)) END
     ORDER BY l.seq LIMIT 1) behind ON true;
 
--- The lag is that of the slowest shard.
+-- The lag is that of the slowest shard; next_seq is the first event that it has not had.
 CREATE OR REPLACE VIEW dtm.subscriptions AS
 SELECT s.name, s.topics, s.destination, s.options, s.state, s.reason,
        progress.owner, progress.lag_seconds, progress.lag_events, progress.moved_at,
        s.epoch, s.since, s.created_at, s.id,
        (SELECT count(*) FROM dtm.retry r WHERE r.subscription = s.id) AS retrying,
        (SELECT count(*) FROM dtm.dead_letter d WHERE d.subscription = s.id) AS dead,
-       progress.shards
+       progress.shards, progress.lag_bytes, progress.next_seq
 FROM dtm.subscription s
 CROSS JOIN LATERAL (
     SELECT pg_catalog.string_agg(DISTINCT p.owner, ', ' ORDER BY p.owner) AS owner,
            CASE WHEN bool_and(p.lag_seconds IS NOT NULL) THEN max(p.lag_seconds) END AS lag_seconds,
            CASE WHEN bool_and(p.lag_events IS NOT NULL) THEN max(p.lag_events) END AS lag_events,
-           max(p.moved_at) AS moved_at, count(*)::int AS shards
+           CASE WHEN bool_and(p.lag_bytes IS NOT NULL) THEN max(p.lag_bytes) END AS lag_bytes,
+           max(p.moved_at) AS moved_at, count(*)::int AS shards, min(p.next_seq) AS next_seq
     FROM dtm.progress p WHERE p.subscription = s.id) progress;
 
 COMMENT ON VIEW dtm.subscriptions IS
@@ -884,6 +1083,245 @@ SELECT s.name, d.id, d.topic, d.key, d.attempts, d.died_at,
 FROM dtm.dead_letter d JOIN dtm.subscription s ON s.id = d.subscription;
 
 COMMENT ON VIEW dtm.dead_letters IS 'What was given up. dtm.redrive tries it again, dtm.discard deletes it.';
+
+-- Turning over. The log is a ring of three segments, control data (cursors, positions, leases, heartbeats) one of two. Publishers go
+-- on in an empty segment when the one they write has half of the retention time in it; a segment whose last event is older than
+-- the retention time, and that every subscription has had, is emptied by TRUNCATE. Nobody waits for any of this for longer than
+-- the lock_timeout that stands at these functions.
+--
+-- TRUNCATE is seen by snapshots that were taken before it. A dump could find cursors that need a segment, and the segment
+-- empty. So it happens in two transactions: one writes down that nobody needs the segment, and another empties it once no
+-- snapshot is held that does not see the first.
+
+-- Every transaction with a smaller id has ended, as all snapshots that are held in this database see it.
+CREATE FUNCTION dtm.horizon() RETURNS bigint
+LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'horizon_wrapper';
+
+-- An old snapshot does not see what has to be kept.
+CREATE FUNCTION dtm.require_read_committed() RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = 'segments are turned over in READ COMMITTED transactions only',
+            DETAIL = format('This one is %s.', upper(current_setting('transaction_isolation'))),
+            HINT = 'Call it outside a transaction block, or begin one with ISOLATION LEVEL READ COMMITTED.';
+    END IF;
+END
+$$;
+
+-- Up to which number each subscription, or each of its shards, needs nothing of the log any more. Null: it has no cursor, and needs all.
+CREATE VIEW dtm.needs AS
+SELECT s.id AS subscription, o.shard, c.low
+FROM dtm.subscription s
+JOIN dtm.owners o ON o.subscription = s.id
+LEFT JOIN LATERAL dtm.cursor_at(s.id, o.shard, s.epoch) c ON true
+WHERE s.state <> 'dropped';
+
+-- Goes one step on with the log, if there is one to go. Answers what it did: 'rotated', 'retired', 'emptied', or
+-- 'kept', where what was retired is needed again; null: nothing.
+-- SECURITY DEFINER: a relay needs no right to truncate.
+CREATE FUNCTION dtm.rotate_log() RETURNS text
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
+DECLARE
+    here dtm.installation;
+    retired bigint[];
+    horizon bigint;
+    old int;
+    next int;
+BEGIN
+    PERFORM dtm.require_read_committed();
+    IF NOT pg_try_advisory_xact_lock(28275509949658470) THEN
+        RETURN NULL;  -- another relay is at it
+    END IF;
+    SELECT * INTO STRICT here FROM dtm.installation;
+    SELECT log_retired INTO STRICT retired FROM dtm.rotation;
+    horizon := dtm.horizon();
+    FOR old IN SELECT n FROM generate_series(1, 3) AS n WHERE n <> here.log_segment LOOP
+        IF retired[old] < horizon THEN
+            BEGIN
+                -- It waits for whoever reads or writes the segment; not for long, since others wait behind it.
+                EXECUTE format('LOCK TABLE dtm.log_%s IN ACCESS EXCLUSIVE MODE', old);
+            EXCEPTION WHEN lock_not_available THEN
+                CONTINUE;
+            END;
+            UPDATE dtm.rotation SET log_retired[old] = NULL;
+            -- Somebody may have written there still, or rewound a subscription.
+            IF NOT dtm.is_needless(old) THEN
+                RETURN 'kept';
+            END IF;
+            EXECUTE format('TRUNCATE dtm.log_%s', old);
+            RETURN 'emptied';
+        ELSIF retired[old] IS NULL AND dtm.is_needless(old)
+              AND EXISTS (SELECT FROM dtm.log_segments() s WHERE s.segment = old AND s.last_seq IS NOT NULL) THEN
+            UPDATE dtm.rotation SET log_retired[old] = pg_current_xact_id()::text::bigint;
+            RETURN 'retired';
+        END IF;
+    END LOOP;
+    SELECT s.segment INTO next FROM dtm.log_segments() s
+    WHERE s.segment <> here.log_segment AND s.last_seq IS NULL
+    ORDER BY (s.segment - here.log_segment + 3) % 3 LIMIT 1;
+    IF next IS NOT NULL
+       AND EXISTS (SELECT FROM dtm.log_segments() s
+                   WHERE s.segment = here.log_segment AND s.first_at < clock_timestamp() - dtm.retention() / 2) THEN
+        UPDATE dtm.installation SET log_segment = next;
+        PERFORM dtm.installation_changed();
+        RETURN 'rotated';
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+-- Whether nothing in a segment of the log is wanted: by the retention time, or by a subscription.
+CREATE FUNCTION dtm.is_needless(segment int) RETURNS boolean
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT last.last_seq IS NULL
+           OR last.last_at < clock_timestamp() - dtm.retention()
+              AND NOT EXISTS (SELECT FROM dtm.needs n WHERE n.low IS NULL OR n.low < last.last_seq)
+    FROM dtm.log_segments() last WHERE last.segment = is_needless.segment;
+END;
+
+-- Copies from a segment of control data to the other one what is the newest of its kind and is not there; answers how much.
+CREATE FUNCTION dtm.copy_control(source int, target int) RETURNS bigint
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    copied bigint := 0;
+    n bigint;
+    statement text;
+BEGIN
+    FOREACH statement IN ARRAY ARRAY[
+        'INSERT INTO dtm.cursor_log_%2$s
+         SELECT c.* FROM dtm.subscription s JOIN dtm.owners o ON o.subscription = s.id
+         CROSS JOIN LATERAL (SELECT * FROM dtm.cursor_log_%1$s l
+                             WHERE l.subscription = s.id AND l.shard = o.shard AND l.epoch = s.epoch
+                             ORDER BY l.id DESC LIMIT 1) c
+         WHERE NOT EXISTS (SELECT FROM dtm.cursor_log_%2$s l
+                           WHERE l.subscription = c.subscription AND l.shard = c.shard AND l.epoch = c.epoch AND l.id >= c.id)',
+        -- What cursors name, and what the next head is read from.
+        'INSERT INTO dtm.position_log_%2$s
+         SELECT p.* FROM dtm.position_log_%1$s p
+         WHERE (p.id IN (SELECT unnest(ARRAY[c."position", c.target]) FROM dtm.cursor_log_%2$s c)
+                OR p.id = (SELECT max(id) FROM dtm.position_log))
+           AND NOT EXISTS (SELECT FROM dtm.position_log_%2$s o WHERE o.id = p.id)',
+        'INSERT INTO dtm.lease_log_%2$s
+         SELECT newest.* FROM (SELECT DISTINCT ON (l.subscription, l.shard) l.* FROM dtm.lease_log_%1$s l
+                               ORDER BY l.subscription, l.shard, l.token DESC) newest
+         WHERE EXISTS (SELECT FROM dtm.subscription s WHERE s.id = newest.subscription)
+           AND NOT EXISTS (SELECT FROM dtm.lease_log_%2$s l
+                           WHERE l.subscription = newest.subscription AND l.shard = newest.shard AND l.token >= newest.token)',
+        'INSERT INTO dtm.heartbeat_log_%2$s
+         SELECT newest.* FROM (SELECT DISTINCT ON (h.relay) h.* FROM dtm.heartbeat_log_%1$s h
+                               ORDER BY h.relay, h.id DESC) newest
+         WHERE newest.expires_at > clock_timestamp()
+           AND NOT EXISTS (SELECT FROM dtm.heartbeat_log_%2$s h WHERE h.relay = newest.relay AND h.id >= newest.id)'
+    ] LOOP
+        EXECUTE format(statement, source, target);
+        GET DIAGNOSTICS n = ROW_COUNT;
+        copied := copied + n;
+    END LOOP;
+    RETURN copied;
+END
+$$;
+
+-- Goes one step on with control data: once the segment that is written has grown beyond max_bytes. Answers as rotate_log does.
+CREATE FUNCTION dtm.rotate_control(max_bytes bigint DEFAULT 33554432) RETURNS text
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
+DECLARE
+    here dtm.installation;
+    retired bigint;
+    old int;
+    is_empty boolean;
+    bytes bigint;
+BEGIN
+    PERFORM dtm.require_read_committed();
+    -- Relays of version 0.1 name positions that may have gone.
+    IF NOT pg_try_advisory_xact_lock(28275509949658470) OR EXISTS (SELECT FROM dtm.live_relays WHERE NOT shares) THEN
+        RETURN NULL;
+    END IF;
+    SELECT * INTO STRICT here FROM dtm.installation;
+    SELECT control_retired INTO STRICT retired FROM dtm.rotation;
+    old := 3 - here.control_segment;
+    EXECUTE format('SELECT NOT (EXISTS (SELECT FROM dtm.cursor_log_%1$s) OR EXISTS (SELECT FROM dtm.position_log_%1$s)
+                                OR EXISTS (SELECT FROM dtm.lease_log_%1$s) OR EXISTS (SELECT FROM dtm.heartbeat_log_%1$s))', old)
+    INTO is_empty;
+    IF is_empty THEN
+        EXECUTE format('SELECT pg_relation_size(''dtm.cursor_log_%1$s'') + pg_relation_size(''dtm.position_log_%1$s'')
+                               + pg_relation_size(''dtm.lease_log_%1$s'') + pg_relation_size(''dtm.heartbeat_log_%1$s'')',
+                       here.control_segment) INTO bytes;
+        IF bytes <= max_bytes THEN
+            RETURN NULL;
+        END IF;
+        -- Whoever writes control data has ended, and whoever comes next reads the new segment.
+        LOCK TABLE dtm.rotation IN EXCLUSIVE MODE;
+        UPDATE dtm.installation SET control_segment = old;
+        PERFORM dtm.copy_control(here.control_segment, old);
+        UPDATE dtm.rotation SET control_retired = pg_current_xact_id()::text::bigint;
+        RETURN 'rotated';
+    ELSIF retired IS NULL THEN
+        LOCK TABLE dtm.rotation IN EXCLUSIVE MODE;
+        PERFORM dtm.copy_control(old, here.control_segment);
+        UPDATE dtm.rotation SET control_retired = pg_current_xact_id()::text::bigint;
+        RETURN 'retired';
+    ELSIF retired < dtm.horizon() THEN
+        EXECUTE format('LOCK TABLE dtm.cursor_log_%1$s, dtm.position_log_%1$s, dtm.lease_log_%1$s, dtm.heartbeat_log_%1$s
+                        IN ACCESS EXCLUSIVE MODE', old);
+        IF dtm.copy_control(old, here.control_segment) > 0 THEN
+            -- Written with an old snapshot since: for those that are held now it must stay.
+            UPDATE dtm.rotation SET control_retired = pg_current_xact_id()::text::bigint;
+            RETURN 'retired';
+        END IF;
+        EXECUTE format('TRUNCATE dtm.cursor_log_%1$s, dtm.position_log_%1$s, dtm.lease_log_%1$s, dtm.heartbeat_log_%1$s', old);
+        UPDATE dtm.rotation SET control_retired = NULL;
+        RETURN 'emptied';
+    END IF;
+    RETURN NULL;
+EXCEPTION WHEN lock_not_available THEN
+    RETURN NULL;
+END
+$$;
+
+-- A subscriber that is away holds the log, also where its subscription is paused or disabled. How far it may lag behind is an
+-- option, and whether it is dropped then.
+
+CREATE FUNCTION dtm.lag_policy(options jsonb, OUT drops boolean, OUT max_seconds float8, OUT max_bytes bigint) RETURNS SETOF record
+LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE ROWS 1 AS 'MODULE_PATHNAME', 'lag_policy_wrapper';
+
+-- Subscriptions that lag behind further than they may. Drops those that say so: their cursor stays where it is, but holds
+-- nothing any more. lost: what a dropped one has lost.
+CREATE FUNCTION dtm.watch_lag() RETURNS TABLE (name text, state text, lag_seconds float8, lag_bytes bigint, lost text)
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    late record;
+BEGIN
+    FOR late IN
+        SELECT s.id, s.name, s.state, s.lag_seconds, s.lag_bytes, s.next_seq, policy.*
+        FROM dtm.subscriptions s CROSS JOIN LATERAL dtm.lag_policy(s.options) policy
+        WHERE s.state <> 'dropped' AND (s.lag_seconds > policy.max_seconds OR s.lag_bytes > policy.max_bytes)
+        ORDER BY s.name
+    LOOP
+        name := late.name;
+        state := late.state;
+        lag_seconds := late.lag_seconds;
+        lag_bytes := late.lag_bytes;
+        lost := NULL;
+        IF late.drops THEN
+            PERFORM FROM dtm.subscription s WHERE s.id = late.id FOR NO KEY UPDATE SKIP LOCKED;
+            IF FOUND THEN
+                lost := format('events %s to %s', late.next_seq,
+                               (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.event_seq));
+                UPDATE dtm.subscription s
+                SET state = 'dropped', revision = s.revision + 1,
+                    reason = format('it lagged %s s and %s bytes behind, and has lost %s', round(late.lag_seconds),
+                                    late.lag_bytes, lost)
+                WHERE s.id = late.id;
+            END IF;
+        END IF;
+        RETURN NEXT;
+    END LOOP;
+END
+$$;
 
 -- PUBLIC gets nothing.
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA dtm FROM PUBLIC;

@@ -2,6 +2,7 @@
 //! The log: a ring of append-only segments.
 
 pub mod append;
+mod horizon;
 pub mod position;
 pub mod scan;
 pub mod state;

@@ -14,7 +14,7 @@ use super::mark::Mark;
 use super::settlement::Settlement;
 
 /// The statement.
-pub(super) const SQL: &str = "SELECT position_ids, fenced, busy, broken FROM \
+pub(super) const SQL: &str = "SELECT position_ids, fenced, busy, broken, stale FROM \
      dtm.relay_store($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)";
 
 /// The arguments, column by column.

@@ -266,21 +266,25 @@ struct Refused {
     broken: Vec<i64>,
 }
 
-/// Stores moves in one statement. Those have to wait whose subscription somebody changes at this moment, and those that park
-/// an event that is not in the log.
+/// Stores moves in one statement. Those have to wait whose subscription somebody changes at this moment, those that park an
+/// event that is not in the log, and those whose positions have to be told anew.
 async fn store(link: &Link, statement: &Statement, moves: &mut Vec<Move>) -> Result<Refused, SourceError> {
     let batch = Batch::of(moves, Instant::now());
     let row = link.query_one("moving cursors", statement, &batch.parameters()).await?;
     batch.stored(row.get(0))?;
     refuse(moves, &row.get::<_, Vec<i32>>(1));
-    let (busy, broken): (Vec<i32>, Vec<i32>) = (row.get(2), row.get(3));
+    let (busy, broken, stale): (Vec<i32>, Vec<i32>, Vec<i32>) = (row.get(2), row.get(3), row.get(4));
     let is_at = |places: &[i32], at: usize| i32::try_from(at + 1).is_ok_and(|place| places.contains(&place));
     let mut refused = Refused { not_stored: Vec::new(), broken: Vec::new() };
     for (at, entry) in std::mem::take(moves).into_iter().enumerate() {
         if is_at(&broken, at) {
             refused.broken.push(entry.owner.subscription);
         }
-        if is_at(&broken, at) || is_at(&busy, at) {
+        if is_at(&stale, at) {
+            entry.cursor.position.forgotten();
+            entry.cursor.target.iter().for_each(|target| target.forgotten());
+        }
+        if [&busy, &broken, &stale].iter().any(|places| is_at(places, at)) {
             refused.not_stored.push(entry);
         }
     }

@@ -1,42 +1,28 @@
 // SPDX-License-Identifier: PostgreSQL
-//! What is done by time: delayed events go into the log when they are due, old ids and receipts are purged.
+//! Delayed events go into the log when they are due.
 
 use std::convert::Infallible;
 use std::time::Duration;
 
-use tokio::time::Instant;
-
 use super::error::SourceError;
 use super::link::Link;
 
-/// Events that one statement moves, and ids that one purges.
+/// Events that one statement moves.
 const DUE_ROWS: i32 = 1_000;
-const PURGE_ROWS: i32 = 10_000;
 
 /// A delayed event may be published at any time, due at once.
 const DUE_EVERY: Duration = Duration::from_millis(250);
-const PURGE_EVERY: Duration = Duration::from_secs(60);
 /// After an error that the connection survived.
 const PAUSE: Duration = Duration::from_secs(10);
 
-/// Moves and purges until the connection fails.
+/// Moves them until the connection fails.
 pub async fn follow(link: Link) -> Result<Infallible, SourceError> {
     let due = link.prepare("moving due events", "SELECT moved, next_in FROM dtm.relay_due($1)").await?;
-    let purge = link.prepare("purging", "SELECT dtm.purge($1)").await?;
-    let mut purge_at = Instant::now() + PURGE_EVERY;
     loop {
         let pause = match link.query_one("moving due events", &due, &[&DUE_ROWS]).await {
             Ok(row) => pause(row.get(0), row.get(1)),
-            Err(error) => tolerate(error)?,
+            Err(error) => error.tolerate().map(|()| PAUSE)?,
         };
-        if Instant::now() >= purge_at {
-            let purged = match link.query_one("purging", &purge, &[&PURGE_ROWS]).await {
-                Ok(row) => row.get::<_, i64>(0),
-                Err(error) => tolerate(error).map(|_| 0)?,
-            };
-            let more = purged >= i64::from(PURGE_ROWS);
-            purge_at = Instant::now() + if more { DUE_EVERY } else { PURGE_EVERY };
-        }
         tokio::time::sleep(pause).await;
     }
 }
@@ -47,15 +33,6 @@ fn pause(moved: i32, next_in: Option<f64>) -> Duration {
     }
     let next = Duration::try_from_secs_f64(next_in.unwrap_or(f64::MAX).max(0.001)).unwrap_or(DUE_EVERY);
     next.min(DUE_EVERY)
-}
-
-/// An error of the statement alone holds up nothing else.
-fn tolerate(error: SourceError) -> Result<Duration, SourceError> {
-    if !error.spares_connection() {
-        return Err(error);
-    }
-    tracing::warn!(hint = error.hint(), "{error}");
-    Ok(PAUSE)
 }
 
 #[cfg(test)]

@@ -83,6 +83,15 @@ impl SourceError {
         matches!(self, SourceError::Database { sqlstate, .. } if !sqlstate.starts_with("08") && !sqlstate.starts_with("57P"))
     }
 
+    /// Passes over an error of the statement alone, which holds up nothing else, and tells of it.
+    pub(super) fn tolerate(self) -> Result<(), Self> {
+        if !self.spares_connection() {
+            return Err(self);
+        }
+        tracing::warn!(hint = self.hint(), "{self}");
+        Ok(())
+    }
+
     /// How to mend it, where that is known.
     pub fn hint(&self) -> Option<&str> {
         match self {

@@ -50,6 +50,11 @@ impl Mark {
         Some(self.id.load(Ordering::Relaxed)).filter(|&id| id != 0)
     }
 
+    /// It is no longer stored: nothing named it for long.
+    pub(super) fn forgotten(&self) {
+        self.id.store(0, Ordering::Relaxed);
+    }
+
     /// It has been stored under this id.
     pub(super) fn stored(&self, id: i64) {
         self.id.store(id, Ordering::Relaxed);

@@ -19,4 +19,5 @@ pub mod settings;
 pub mod settlement;
 pub mod tail;
 pub mod tls;
+pub mod upkeep;
 pub mod url;

@@ -225,7 +225,6 @@ async fn write(url: &str, writer: u64, habits: Habits, stop: &AtomicBool, surviv
     ledger
 }
 
-/// The ids of all events that the log has.
 /// What the writers have published; other topics are somebody else's.
 async fn stored(client: &Client) -> HashSet<String> {
     let sql = "SELECT id::text FROM dtm.events WHERE topic = 'load.event'";
@@ -241,23 +240,30 @@ pub async fn assert_all_arrived(client: &Client, ledger: &Ledger, received: &[Re
     let lost_after_commit: Vec<&String> =
         ledger.committed.values().flatten().filter(|id| !stored.contains(*id)).collect();
     assert!(lost_after_commit.is_empty(), "PostgreSQL lost commits: {lost_after_commit:?}");
+    let unknown = received.iter().find(|request| request.accepted && !stored.contains(request.id()));
+    assert!(unknown.is_none(), "delivered and not in the log: {unknown:?}");
+    let arrived = assert_versions(client, received).await;
+    assert_eq!(arrived, stored.len(), "not everything in the log arrived");
+    (arrived, verdict.duplicates)
+}
+
+/// Panics unless each key's versions came first as 1, 2, 3 … up to the last. Answers how many events there were.
+pub async fn assert_versions(client: &Client, received: &[Received]) -> usize {
     let mut seen = HashSet::new();
     let mut versions: BTreeMap<&str, Vec<i32>> = BTreeMap::new();
     for request in received.iter().filter(|request| request.accepted) {
-        assert!(stored.contains(request.id()), "delivered and not in the log: {}", request.id());
         if seen.insert(request.id()) {
             let version = str::from_utf8(&request.body).ok().and_then(|text| text.parse().ok());
             versions.entry(request.header("ce-partitionkey")).or_default().push(version.expect("a version"));
         }
     }
-    assert_eq!(seen.len(), stored.len(), "not everything in the log arrived");
     for row in client.query("SELECT name, version FROM aggregate", &[]).await.expect("aggregate") {
         let (name, last): (String, i32) = (row.get(0), row.get(1));
         let expected: Vec<i32> = (1..=last).collect();
         assert_eq!(versions.remove(name.as_str()).unwrap_or_default(), expected, "versions of {name}");
     }
     assert!(versions.is_empty(), "unknown keys");
-    (seen.len(), verdict.duplicates)
+    seen.len()
 }
 
 /// How many of the log's events have not been accepted yet.

@@ -11,6 +11,7 @@ mod operations;
 mod outages;
 mod pgbouncer;
 mod relay_crash;
+mod rotation;
 mod server_crash;
 mod shutdown;
 mod two_relays;
