@@ -4,7 +4,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::secrets::Secret;
+use super::secrets::Echoes;
 
 /// The most that is kept of a response's body, in characters.
 pub const BODY_START_CHARS: usize = 256;
@@ -37,7 +37,7 @@ pub struct Outcome {
     pub class: Class,
     /// The status, if one came.
     pub status: Option<u16>,
-    /// What went wrong, in words; empty for a success. Never has anything of the request in it.
+    /// What went wrong, in words; empty for a success.
     pub error: String,
     /// The start of the response's body, as text.
     pub body: String,
@@ -51,16 +51,10 @@ impl Outcome {
         Outcome { class, status: None, error: error.into(), body: String::new(), retry_after: None }
     }
 
-    /// Keeps so much of the body as may be stored: an endpoint can echo what it was sent, secrets included.
-    pub fn without(mut self, secrets: &[Secret]) -> Self {
-        for secret in secrets.iter().map(Secret::reveal) {
-            // A scheme such as "Bearer" may be left out of the echo.
-            for part in [secret, secret.rsplit(' ').next().unwrap_or(secret)] {
-                if !part.is_empty() && self.body.contains(part) {
-                    self.body = self.body.replace(part, "…");
-                }
-            }
-        }
+    /// Keeps so much of what was answered as may be stored.
+    pub fn without(mut self, echoes: &Echoes) -> Self {
+        echoes.blank(&mut self.error);
+        echoes.blank(&mut self.body);
         if let Some((at, _)) = self.body.char_indices().nth(BODY_START_CHARS) {
             self.body.truncate(at);
         }
@@ -99,13 +93,15 @@ impl fmt::Display for Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::calls::secrets::Secret;
 
     #[test]
-    fn a_body_is_cut_and_has_no_secret_in_it() {
+    fn a_body_is_cut_and_neither_it_nor_the_error_has_a_secret_in_it() {
         let secret = Secret::from("Bearer abc".to_owned());
         let body = format!("you sent Bearer abc or abc {}", "x".repeat(500));
-        let kept = Outcome::of_status(500, "", body, None).without(&[secret]).body;
-        assert!(kept.starts_with("you sent … or … x") && kept.chars().count() == BODY_START_CHARS, "{kept}");
+        let kept = Outcome::of_status(500, "not abc", body, None).without(&Echoes::of(&[secret]));
+        assert!(kept.body.starts_with("you sent … or … x"), "{}", kept.body);
+        assert_eq!((kept.body.chars().count(), kept.error.as_str()), (BODY_START_CHARS, "not …"));
     }
 
     #[test]

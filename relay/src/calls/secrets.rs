@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Secrets by name: they stand in the environment or in a file, and neither in tables nor in logs.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
@@ -35,6 +36,75 @@ impl From<String> for Secret {
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secret(…)")
+    }
+}
+
+/// What must not be kept of an answer: a service can echo what it was sent.
+#[derive(Clone, Debug, Default)]
+pub struct Echoes {
+    /// Longest first: a shorter one can be a part of it.
+    parts: Vec<Secret>,
+}
+
+/// What is shorter is looked for only where it is a secret by itself: it stands in other words too.
+const PART_CHARS_MIN: usize = 3;
+
+/// The first word of credentials that many services take; it is no secret.
+const SCHEMES: [&str; 14] = [
+    "apikey",
+    "api-key",
+    "basic",
+    "bearer",
+    "digest",
+    "dpop",
+    "geniekey",
+    "hawk",
+    "hmac",
+    "negotiate",
+    "oauth",
+    "splunk",
+    "token",
+    "vapid",
+];
+
+impl Echoes {
+    /// Of secrets that are sent: each one and its words, for what stands around a word may be left out of the echo.
+    pub fn of<'a>(secrets: impl IntoIterator<Item = &'a Secret>) -> Self {
+        let mut parts = Vec::new();
+        for secret in secrets {
+            let is_scheme = |word: &str| SCHEMES.contains(&word.to_ascii_lowercase().as_str());
+            let mut words: Vec<&str> = secret.reveal().split_whitespace().collect();
+            if words.len() > 1 && is_scheme(words[0]) {
+                words.remove(0);
+            }
+            let is_long = |word: &&str| word.chars().count() >= PART_CHARS_MIN;
+            parts.extend(words.into_iter().filter(is_long).map(|word| Secret(word.to_owned())));
+            parts.push(secret.clone());
+        }
+        parts.sort_by_key(|part| Reverse(part.0.len()));
+        Echoes { parts }
+    }
+
+    /// Blanks them in a text, and at its end the beginning of one: the text may have been cut there.
+    pub fn blank(&self, text: &mut String) {
+        if text.is_empty() {
+            return;
+        }
+        for Secret(part) in &self.parts {
+            if text.contains(part.as_str()) {
+                *text = text.replace(part.as_str(), "…");
+            }
+        }
+        // A character that was cut in the middle is no longer what it was.
+        let end = text.trim_end_matches(char::REPLACEMENT_CHARACTER);
+        let begun = self.parts.iter().filter_map(|Secret(part)| {
+            let cuts = part.char_indices().map(|(at, _)| at).skip(PART_CHARS_MIN);
+            cuts.filter(|at| end.ends_with(&part[..*at])).max()
+        });
+        if let Some(begun) = begun.max() {
+            text.truncate(end.len() - begun);
+            text.push('…');
+        }
     }
 }
 
@@ -80,5 +150,40 @@ mod tests {
         assert!(read(None, None).is_err() && read(Some("PATH"), Some(path.clone())).is_err());
         std::fs::write(&path, "\n").unwrap();
         assert!(read(None, Some(path)).is_err());
+    }
+
+    fn blanked(secret: &str, text: &str) -> String {
+        let mut text = text.to_owned();
+        Echoes::of(&[Secret::from(secret.to_owned())]).blank(&mut text);
+        text
+    }
+
+    #[test]
+    fn a_secret_is_blanked_as_a_whole_and_word_by_word_but_its_scheme_is_none() {
+        for (secret, text, kept) in [
+            ("Bearer abc", "you sent Bearer abc or abc", "you sent … or …"),
+            ("Basic eDp5", "no Basic but eDp5", "no Basic but …"),
+            ("Token first second", "first, then second", "…, then …"),
+            ("Bearer", "Bearer", "…"),
+            ("first abcdef bc", "abcdef bc", "… bc"),
+            ("k", "key k", "…ey …"),
+            ("abc abcdef", "abcdef", "…"),
+            ("Bearer abc", "nothing of it", "nothing of it"),
+        ] {
+            assert_eq!(blanked(secret, text), kept, "{secret} in {text}");
+        }
+    }
+
+    #[test]
+    fn the_beginning_of_a_secret_at_the_end_of_a_text_is_blanked() {
+        for (secret, text, kept) in [
+            ("Bearer 3f9a-key", "you sent 3f9a-k", "you sent …"),
+            ("Bearer 3f9a-key", "you sent Bearer 3f9", "you sent …"),
+            ("geheimnüsse", "geheimn\u{fffd}", "…"),
+            ("Bearer 3f9a-key", "you sent 3f", "you sent 3f"),
+            ("Bearer 3f9a-key", "3f9a and more", "3f9a and more"),
+        ] {
+            assert_eq!(blanked(secret, text), kept, "{secret} in {text}");
+        }
     }
 }

@@ -12,7 +12,7 @@ use http_body_util::Full;
 use super::cloudevents::{self, Unsendable};
 use crate::calls::http::HttpCaller;
 use crate::calls::outcome::{Class, Outcome};
-use crate::calls::secrets::{Secret, Secrets};
+use crate::calls::secrets::{Echoes, Secrets};
 
 /// One endpoint that events are posted to.
 pub struct HttpSink {
@@ -22,8 +22,8 @@ pub struct HttpSink {
     source: HeaderValue,
     /// Of the subscription: they win over an event's own.
     headers: HeaderMap,
-    /// Those that stand in its headers.
-    secrets: Vec<Secret>,
+    /// Of the secrets that stand in its headers.
+    echoes: Echoes,
 }
 
 /// An endpoint cannot be called as the subscription says.
@@ -57,18 +57,20 @@ impl HttpSink {
         let source = cloudevents::attribute("the source", source)?;
         let headers = headers(options, secrets)?;
         let sent = options.headers.values().filter_map(|source| match source {
-            HeaderSource::Secret(name) => secrets.get(name).cloned(),
+            HeaderSource::Secret(name) => secrets.get(name),
             HeaderSource::Text(_) => None,
         });
-        Ok(HttpSink { caller, uri, timeout: options.timeout, source, headers, secrets: sent.collect() })
+        let echoes = Echoes::of(sent);
+        Ok(HttpSink { caller, uri, timeout: options.timeout, source, headers, echoes })
     }
 
     /// Makes one attempt.
     pub async fn send(&self, event: &Event) -> Outcome {
-        match self.request(event) {
-            Ok(request) => self.caller.call(request, self.timeout).await.without(&self.secrets),
+        let outcome = match self.request(event) {
+            Ok(request) => self.caller.call(request, self.timeout).await,
             Err(unsendable) => Outcome::without_answer(Class::Unsendable, unsendable.to_string()),
-        }
+        };
+        outcome.without(&self.echoes)
     }
 
     fn request(&self, event: &Event) -> Result<Request<Full<bytes::Bytes>>, Unsendable> {
