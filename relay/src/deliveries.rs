@@ -166,7 +166,7 @@ impl Deliveries {
         let options = Options::from_json(&assignment.options).map_err(|error| error.to_string())?;
         let Destination::Http(uri) = Destination::parse(&assignment.destination)
             .map_err(|error| format!("destination {}: {error}", assignment.destination))?;
-        let sink = HttpSink::new(common.http.clone(), uri, &options, &common.secrets, &common.source)
+        let sink = HttpSink::new(&common.http, uri, &options, &common.secrets, &common.source)
             .map_err(|error| error.to_string())?;
         let Assignment { subscription, shard, epoch, token, .. } = *assignment;
         Ok(Pipeline {

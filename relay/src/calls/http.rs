@@ -1,59 +1,66 @@
 // SPDX-License-Identifier: PostgreSQL
 //! HTTP calls: over connections that are kept, HTTP/1.1 or, where it is negotiated, HTTP/2.
 
-use std::error::Error as _;
+use std::collections::HashMap;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use http::header::{HeaderMap, RETRY_AFTER};
-use http::{Request, StatusCode};
-use http_body_util::{BodyExt as _, Full};
+use http::header::{HOST, HeaderMap, HeaderValue};
+use http::uri::{Authority, Scheme};
+use http::{Method, Request, Response, Uri};
+use http_body_util::Full;
 use hyper::body::{Body as _, Incoming};
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::HttpsConnectorBuilder;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::client::legacy::{self, Client};
-use hyper_util::rt::{TokioExecutor, TokioTimer};
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
-use rustls::{ClientConfig, RootCertStore};
+use tokio::time::Instant;
 
+use super::answer;
+use super::connections::{Connection, Connections, Connector};
 use super::outcome::{Class, Outcome};
+use super::tls::{self, TlsError};
 use crate::causes::with_causes;
 
-/// What is read of a response's body at the most, so that its connection can be used again.
-const BODY_BYTES_MAX: usize = 64 * 1024;
+/// How long a connection is waited for: name, TCP and TLS.
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 
-/// What is told of it: more than is kept in the end, for what must not be kept is found in the whole of it.
-const BODY_START_BYTES: usize = 1024;
+/// So many new connections are made for a call at the most, if they are closed before it could be sent.
+const ANEW_MAX: usize = 2;
 
-/// How long the body of a response is waited for. The status has said all that counts.
-const BODY_PATIENCE: Duration = Duration::from_secs(1);
-
-/// How long a connection is kept without use. Many servers close theirs after a minute.
-const KEEP_IDLE: Duration = Duration::from_secs(30);
+type Servers = HashMap<(Scheme, Authority), Weak<Connections>>;
 
 /// The connections of the whole relay to all services that it calls.
 #[derive(Clone)]
 pub struct HttpCaller {
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    connector: Connector,
+    servers: Arc<Mutex<Servers>>,
 }
 
-/// There is no way to do TLS.
-#[derive(Debug, thiserror::Error)]
-pub enum TlsError {
-    /// The library refuses.
-    #[error("TLS: {0}")]
-    Library(#[from] rustls::Error),
-    /// The file with certificates of authorities cannot be used.
-    #[error("{file}: {problem}")]
-    Authorities {
-        /// The file.
-        file: String,
-        /// What is wrong with it.
-        problem: String,
-    },
+/// What is called: a URI, over connections that are shared with all others at the same server.
+pub struct Endpoint {
+    connections: Arc<Connections>,
+    uri: Uri,
+    /// Path and query alone, as they are sent over HTTP/1.1.
+    target: Uri,
+    host: HeaderValue,
 }
+
+type Call = Request<Full<Bytes>>;
+type Answered = (Response<Incoming>, Connection);
+
+/// Why there is no answer.
+enum NoAnswer {
+    /// The connection has ended before anything was sent.
+    Unsent(Box<Call>),
+    /// See there.
+    Failed(Outcome),
+}
+
+/// A URI that cannot be called.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0} is no absolute URI")]
+pub struct NotAbsolute(Uri);
 
 impl HttpCaller {
     /// A caller without connections yet. For https it trusts whom the operating system trusts, and the authorities whose
@@ -63,140 +70,131 @@ impl HttpCaller {
         tcp.set_nodelay(true);
         tcp.enforce_http(false);
         tcp.set_keepalive(Some(Duration::from_secs(15)));
-        let https = HttpsConnectorBuilder::new().with_tls_config(tls(ca_file)?).https_or_http();
-        let client = Client::builder(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(KEEP_IDLE)
-            .http2_keep_alive_interval(KEEP_IDLE)
-            .http2_max_header_list_size(BODY_BYTES_MAX as u32)
-            .build(https.enable_http1().enable_http2().wrap_connector(tcp));
-        Ok(HttpCaller { client })
+        // It is divided among a name's addresses: one that does not answer leaves time for the next.
+        tcp.set_connect_timeout(Some(CONNECT_WITHIN));
+        let https = HttpsConnectorBuilder::new().with_tls_config(tls::client(ca_file)?).https_or_http();
+        let connector = https.enable_http1().enable_http2().wrap_connector(tcp);
+        Ok(HttpCaller { connector, servers: Arc::default() })
     }
 
+    /// What is called at a URI.
+    pub fn endpoint(&self, uri: Uri) -> Result<Endpoint, NotAbsolute> {
+        let parts = uri.clone().into_parts();
+        let (Some(scheme), Some(authority)) = (parts.scheme, parts.authority) else {
+            return Err(NotAbsolute(uri));
+        };
+        let default_port = if scheme == Scheme::HTTPS { 443 } else { 80 };
+        let host = match authority.port_u16() {
+            Some(port) if port != default_port => HeaderValue::from_str(authority.as_str()),
+            _ => HeaderValue::from_str(authority.host()),
+        };
+        let (Ok(host), Some(target)) = (host, parts.path_and_query) else { return Err(NotAbsolute(uri)) };
+        let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
+        servers.retain(|_, connections| connections.strong_count() > 0);
+        let server = (scheme, authority);
+        let connections = servers.get(&server).and_then(Weak::upgrade).unwrap_or_else(|| {
+            let connections = Arc::new(Connections::new(self.connector.clone(), uri.clone()));
+            servers.insert(server, Arc::downgrade(&connections));
+            connections
+        });
+        Ok(Endpoint { connections, target: Uri::from(target), uri, host })
+    }
+}
+
+impl Endpoint {
     /// Makes one call. `timeout` bounds it from connecting to the status.
-    pub async fn call(&self, request: Request<Full<Bytes>>, timeout: Duration) -> Outcome {
-        match tokio::time::timeout(timeout, self.client.request(request)).await {
-            Err(_) => {
-                let error = format!("no answer within {} s", timeout.as_secs_f64());
-                Outcome::without_answer(Class::Failed, error)
-            }
-            Ok(Err(error)) => {
-                let class = if error.is_connect() { Class::Unsent } else { Class::Failed };
-                Outcome::without_answer(class, causes(&error))
-            }
-            Ok(Ok(response)) => {
-                let (head, body) = response.into_parts();
-                let start = drain(body).await;
-                // What a success says is of no use to anybody.
-                let start = if head.status.is_success() { String::new() } else { text(&start) };
-                let reason = head.status.canonical_reason().unwrap_or("no success");
-                let after = retry_after(head.status, &head.headers, SystemTime::now());
-                Outcome::of_status(head.status.as_u16(), reason, start, after)
+    pub async fn post(&self, headers: HeaderMap, body: Bytes, timeout: Duration) -> Outcome {
+        let begin = Instant::now();
+        let mut request = Request::new(Full::new(body));
+        *request.method_mut() = Method::POST;
+        *request.headers_mut() = headers;
+        let asked = match self.connections.kept(begin) {
+            Some(connection) => self.ask(connection, request, begin, timeout).await,
+            None => Err(NoAnswer::Unsent(Box::new(request))),
+        };
+        let asked = match asked {
+            Err(NoAnswer::Unsent(request)) => Box::pin(self.ask_anew(*request, begin, timeout)).await,
+            Err(NoAnswer::Failed(outcome)) => Err(outcome),
+            Ok(answered) => Ok(answered),
+        };
+        let (response, mut connection) = match asked {
+            Ok(answered) => answered,
+            Err(outcome) => return outcome,
+        };
+        let (head, body) = response.into_parts();
+        let (start, is_whole) = if body.is_end_stream() {
+            (Vec::new(), true)
+        } else {
+            Box::pin(answer::drain(body, &mut connection)).await
+        };
+        // The rest of a body would be taken for the next answer.
+        if is_whole {
+            self.connections.keep(connection, Instant::now());
+        }
+        let status = head.status.as_u16();
+        if head.status.is_success() {
+            // What it says is of no use to anybody.
+            return Outcome::of_status(status, "", String::new(), None);
+        }
+        let reason = head.status.canonical_reason().unwrap_or("no success");
+        let after = answer::retry_after(head.status, &head.headers, SystemTime::now());
+        Outcome::of_status(status, reason, answer::text(&start), after)
+    }
+
+    /// Asks over new connections: one that was kept may have been closed by the server meanwhile.
+    async fn ask_anew(
+        &self,
+        mut request: Call,
+        begin: Instant,
+        timeout: Duration,
+    ) -> Result<Answered, Outcome> {
+        for _ in 0..ANEW_MAX {
+            let connection = self.connect(begin, timeout).await?;
+            match self.ask(connection, request, begin, timeout).await {
+                Ok(answered) => return Ok(answered),
+                Err(NoAnswer::Failed(outcome)) => return Err(outcome),
+                Err(NoAnswer::Unsent(unsent)) => request = *unsent,
             }
         }
+        Err(Outcome::without_answer(Class::Unsent, "the connection is closed as soon as it is made"))
     }
-}
 
-fn tls(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
-    let mut roots = RootCertStore::empty();
-    let native = rustls_native_certs::load_native_certs();
-    let (usable, _) = roots.add_parsable_certificates(native.certs);
-    if let Some(file) = ca_file {
-        add_authorities(&mut roots, file)?;
-    } else if usable == 0 {
-        tracing::warn!(
-            "the operating system has no certificates of authorities: https destinations will fail"
-        );
-    }
-    let provider = rustls::crypto::ring::default_provider();
-    let builder =
-        ClientConfig::builder_with_provider(provider.into()).with_safe_default_protocol_versions()?;
-    Ok(builder.with_root_certificates(roots).with_no_client_auth())
-}
-
-fn add_authorities(roots: &mut RootCertStore, file: &Path) -> Result<(), TlsError> {
-    let wrong = |problem: String| TlsError::Authorities { file: file.display().to_string(), problem };
-    let certificates = CertificateDer::pem_file_iter(file).map_err(|error| wrong(error.to_string()))?;
-    let mut found = 0;
-    for certificate in certificates {
-        roots
-            .add(certificate.map_err(|error| wrong(error.to_string()))?)
-            .map_err(|e| wrong(e.to_string()))?;
-        found += 1;
-    }
-    if found == 0 { Err(wrong("there is no certificate in it".into())) } else { Ok(()) }
-}
-
-/// Reads a body to its end, within bounds: a connection whose response is not read cannot be used again. Answers its start.
-async fn drain(mut body: Incoming) -> Vec<u8> {
-    let mut start = Vec::new();
-    if body.is_end_stream() {
-        return start;
-    }
-    let read = async {
-        let mut left = BODY_BYTES_MAX;
-        while let Some(Ok(frame)) = body.frame().await {
-            let data = frame.data_ref().map_or(&[][..], |data| data);
-            start.extend(data.iter().take(BODY_START_BYTES - start.len()));
-            match left.checked_sub(data.len()) {
-                Some(rest) => left = rest,
-                None => return,
+    async fn ask(
+        &self,
+        mut connection: Connection,
+        mut request: Call,
+        begin: Instant,
+        timeout: Duration,
+    ) -> Result<Answered, NoAnswer> {
+        match connection {
+            // Each version of HTTP says in its own way where a request goes.
+            Connection::Http1(_) => {
+                *request.uri_mut() = self.target.clone();
+                request.headers_mut().entry(HOST).or_insert_with(|| self.host.clone());
             }
+            Connection::Http2(_) => *request.uri_mut() = self.uri.clone(),
         }
-    };
-    let _ = tokio::time::timeout(BODY_PATIENCE, read).await;
-    start
-}
-
-/// The start of a body for people: whatever is no text, or would disturb one line of it, is replaced.
-fn text(start: &[u8]) -> String {
-    let text = String::from_utf8_lossy(start);
-    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    text.trim().to_owned()
-}
-
-/// `Retry-After` in seconds or as a date (RFC 9110 §10.2.3), where it means what the relay acts on.
-fn retry_after(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
-    let relevant = [StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE].contains(&status);
-    let value = headers.get(RETRY_AFTER).filter(|_| relevant)?.to_str().ok()?.trim();
-    match value.parse::<u64>() {
-        Ok(seconds) => Some(Duration::from_secs(seconds)),
-        // A date that has passed asks for nothing more, but the word of overload stands.
-        Err(_) => httpdate::parse_http_date(value).ok().map(|at| at.duration_since(now).unwrap_or_default()),
+        let failed = |error| Err(NoAnswer::Failed(Outcome::without_answer(Class::Failed, error)));
+        match connection.ask(request, begin + timeout).await {
+            Some(Ok(response)) => Ok((response, connection)),
+            Some(Err(mut error)) => match error.take_message() {
+                Some(unsent) => Err(NoAnswer::Unsent(Box::new(unsent))),
+                None => failed(with_causes(error.error())),
+            },
+            None => failed(format!("no answer within {} s", timeout.as_secs_f64())),
+        }
     }
-}
 
-/// What the client says itself says less than its cause.
-fn causes(error: &legacy::Error) -> String {
-    with_causes(error.source().unwrap_or(error))
+    async fn connect(&self, begin: Instant, timeout: Duration) -> Result<Connection, Outcome> {
+        let until = (Instant::now() + CONNECT_WITHIN).min(begin + timeout);
+        let connected = tokio::time::timeout_at(until, self.connections.connect()).await;
+        let too_late =
+            || Err(format!("no connection within {} s", timeout.min(CONNECT_WITHIN).as_secs_f64()));
+        let connected = connected.unwrap_or_else(|_| too_late());
+        connected.map_err(|error| Outcome::without_answer(Class::Unsent, error))
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn retry_after_is_seconds_or_a_date() {
-        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777);
-        let after = |status: u16, value: &'static str| {
-            let headers = HeaderMap::from_iter([(RETRY_AFTER, http::HeaderValue::from_static(value))]);
-            retry_after(StatusCode::from_u16(status).unwrap(), &headers, now)
-        };
-        let seconds = Duration::from_secs;
-        assert_eq!(after(429, "120"), Some(seconds(120)));
-        assert_eq!(after(503, " 7 "), Some(seconds(7)));
-        assert_eq!(after(429, "Sun, 06 Nov 1994 08:49:47 GMT"), Some(seconds(10)));
-        assert_eq!(after(429, "Sun, 06 Nov 1994 08:49:27 GMT"), Some(seconds(0)));
-        assert_eq!(after(429, "soon"), None);
-        assert_eq!(after(429, "-5"), None);
-        assert_eq!(after(500, "5"), None);
-        assert_eq!(retry_after(StatusCode::TOO_MANY_REQUESTS, &HeaderMap::new(), now), None);
-    }
-
-    #[test]
-    fn a_body_is_shown_as_one_line_of_text() {
-        assert_eq!(text(b"  not\r\nnow\x00 "), "not  now");
-        assert_eq!(text(b"\xff\xfe"), "\u{fffd}\u{fffd}");
-    }
-}
+#[path = "http_tests.rs"]
+mod tests;

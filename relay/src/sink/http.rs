@@ -5,19 +5,17 @@ use std::time::Duration;
 
 use dtm_core::options::{HeaderSource, Options};
 use dtm_core::page::Event;
+use http::Uri;
 use http::header::{HeaderMap, HeaderName, HeaderValue, USER_AGENT};
-use http::{Method, Request, Uri};
-use http_body_util::Full;
 
 use super::cloudevents::{self, Unsendable};
-use crate::calls::http::HttpCaller;
+use crate::calls::http::{Endpoint, HttpCaller, NotAbsolute};
 use crate::calls::outcome::{Class, Outcome};
 use crate::calls::secrets::{Echoes, Secrets};
 
 /// One endpoint that events are posted to.
 pub struct HttpSink {
-    caller: HttpCaller,
-    uri: Uri,
+    endpoint: Endpoint,
     timeout: Duration,
     source: HeaderValue,
     /// Of the subscription: they win over an event's own.
@@ -29,6 +27,9 @@ pub struct HttpSink {
 /// An endpoint cannot be called as the subscription says.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SinkError {
+    /// The destination.
+    #[error(transparent)]
+    Uri(#[from] NotAbsolute),
     /// `ce-source`.
     #[error(transparent)]
     Source(#[from] Unsendable),
@@ -48,7 +49,7 @@ pub enum SinkError {
 impl HttpSink {
     /// `source`: who the events are from.
     pub fn new(
-        caller: HttpCaller,
+        caller: &HttpCaller,
         uri: Uri,
         options: &Options,
         secrets: &Secrets,
@@ -60,30 +61,35 @@ impl HttpSink {
             HeaderSource::Secret(name) => secrets.get(name),
             HeaderSource::Text(_) => None,
         });
-        let echoes = Echoes::of(sent);
-        Ok(HttpSink { caller, uri, timeout: options.timeout, source, headers, echoes })
+        Ok(HttpSink {
+            endpoint: caller.endpoint(uri)?,
+            timeout: options.timeout,
+            source,
+            headers,
+            echoes: Echoes::of(sent),
+        })
     }
 
     /// Makes one attempt.
     pub async fn send(&self, event: &Event) -> Outcome {
-        let outcome = match self.request(event) {
-            Ok(request) => self.caller.call(request, self.timeout).await,
+        let outcome = match self.headers(event) {
+            Ok(headers) => {
+                let body = event.payload.clone().unwrap_or_default();
+                self.endpoint.post(headers, body, self.timeout).await
+            }
             Err(unsendable) => Outcome::without_answer(Class::Unsendable, unsendable.to_string()),
         };
         outcome.without(&self.echoes)
     }
 
-    fn request(&self, event: &Event) -> Result<Request<Full<bytes::Bytes>>, Unsendable> {
-        let mut request = Request::new(Full::new(event.payload.clone().unwrap_or_default()));
-        *request.method_mut() = Method::POST;
-        *request.uri_mut() = self.uri.clone();
-        *request.headers_mut() = cloudevents::headers(event, &self.source)?;
+    fn headers(&self, event: &Event) -> Result<HeaderMap, Unsendable> {
+        let mut headers = cloudevents::headers(event, &self.source)?;
         for (name, value) in &self.headers {
-            request.headers_mut().insert(name.clone(), value.clone());
+            headers.insert(name.clone(), value.clone());
         }
         let agent = HeaderValue::from_static(concat!("dtm-relay/", env!("CARGO_PKG_VERSION")));
-        request.headers_mut().entry(USER_AGENT).or_insert(agent);
-        Ok(request)
+        headers.entry(USER_AGENT).or_insert(agent);
+        Ok(headers)
     }
 }
 

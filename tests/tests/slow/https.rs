@@ -12,6 +12,7 @@ use dtm_tests::relay::{self, Relay};
 use http::Version;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
+use tokio::net::TcpListener;
 use tokio_postgres::Client;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::crypto::ring;
@@ -133,6 +134,25 @@ async fn an_endpoint_that_is_not_trusted_counts_as_down_and_costs_no_event_an_at
     wait_for_all(&receiver, 20).await;
     assert!(relay.terminate().await.success());
     assert_eq!(times(&receiver, 20), [1; 20]);
+    assert_eq!((count(&client, "dtm.retry").await, count(&client, "dtm.dead_letter").await), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_whose_handshake_hangs_counts_as_down_and_costs_no_event_an_attempt() {
+    let (cluster, client) = shop().await;
+    // The system accepts connections, and nobody answers.
+    let silent = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("https://{}/events", silent.local_addr().expect("its address"));
+    let options = r#"{"retry_base": "20ms", "retry_cap": "100ms", "retry_attempts": 1, "timeout": "500ms"}"#;
+    let sql = format!("SELECT dtm.subscribe('s', 't', $1, '{options}')");
+    client.execute(&sql, &[&url]).await.expect("subscribe");
+    publish(&client, "t", 1, 20).await;
+    let mut relay = Relay::start_configured(&configuration("log_level = \"debug\"", &cluster));
+    relay.wait_for_log("the endpoint is down").await;
+    let asked = || relay.log().matches("the endpoint is to blame").count() > 5;
+    assert!(process::holds_within(DEADLINE, asked).await, "{}", relay.log());
+    assert!(relay.log().contains("no connection within 0.5 s"), "it says why: {}", relay.log());
+    assert!(relay.terminate().await.success());
     assert_eq!((count(&client, "dtm.retry").await, count(&client, "dtm.dead_letter").await), (0, 0));
 }
 
