@@ -59,6 +59,19 @@ impl Builder {
         self
     }
 
+    /// Makes and starts a standby in a folder of its own that follows a primary. What a standby must not have less of than its
+    /// primary is to be configured.
+    pub async fn start_standby(self, primary: &Cluster, folder: &Path) -> Cluster {
+        process::give_to_server(folder);
+        let mut backup = server_command(bin_dir().join("pg_basebackup"));
+        backup
+            .args(["-h", "127.0.0.1", "-U", "postgres", "-c", "fast", "-R", "-p"])
+            .arg(primary.port().to_string());
+        process::run(backup.arg("-D").arg(folder.join("data")));
+        let follow = format!("host=127.0.0.1 port={} user=postgres", primary.port());
+        self.config("primary_conninfo", &follow).at(folder).start().await
+    }
+
     /// Makes the cluster and starts it.
     pub async fn start(self) -> Cluster {
         // Not in a folder that is kept: the path of a socket is 107 bytes long at the most.

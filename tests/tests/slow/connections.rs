@@ -2,10 +2,10 @@
 //! Connection URLs as users of libpq know them, against servers that insist.
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use dtm_tests::cluster::{Builder, Cluster, bin_dir};
-use dtm_tests::process::{self, server_command};
+use dtm_tests::cluster::{Builder, Cluster};
+use dtm_tests::process;
 use dtm_tests::receiver::Receiver;
 use dtm_tests::relay::{self, Relay};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
@@ -142,24 +142,12 @@ async fn passwords_come_from_a_passfile_and_a_wrong_one_is_named_as_such() {
     assert!(!fine, "a passfile that others can read is not used: {said}");
 }
 
-/// A standby in a folder of its own that follows a primary.
-async fn standby(primary: &Cluster, folder: &Path) -> Cluster {
-    process::give_to_server(folder);
-    let mut backup = server_command(bin_dir().join("pg_basebackup"));
-    backup
-        .args(["-h", "127.0.0.1", "-U", "postgres", "-c", "fast", "-R", "-p"])
-        .arg(primary.port().to_string());
-    process::run(backup.arg("-D").arg(folder.join("data")));
-    let follow = format!("host=127.0.0.1 port={} user=postgres", primary.port());
-    Cluster::builder().config("primary_conninfo", &follow).at(folder).start().await
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn of_several_hosts_the_primary_is_taken_and_a_standby_alone_is_refused() {
     let primary = Cluster::builder().start().await;
     primary.create_database("shop").await;
     let folder = tempfile::Builder::new().prefix("pg_dtm-").tempdir_in("/tmp").expect("a folder");
-    let standby = standby(&primary, folder.path()).await;
+    let standby = Cluster::builder().start_standby(&primary, folder.path()).await;
     let (first, second) = (standby.port(), primary.port());
     let hosts = format!("postgres://postgres@127.0.0.1:1,127.0.0.1:{first},127.0.0.1:{second}/shop");
     assert_delivers(&primary, &hosts).await;

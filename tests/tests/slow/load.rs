@@ -34,6 +34,8 @@ pub struct Habits {
 /// Running writers.
 pub struct Load {
     stop: Arc<AtomicBool>,
+    /// Nobody waits for the server to come back.
+    gone: Arc<AtomicBool>,
     survivors: Arc<AtomicUsize>,
     writers: Vec<JoinHandle<Ledger>>,
 }
@@ -50,19 +52,27 @@ pub async fn prepare(client: &Client) {
 impl Load {
     /// Starts writers on a database that is prepared.
     pub fn start(cluster: &Cluster, database: &str, writers: u64, habits: Habits) -> Load {
-        let (stop, survivors) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let (stop, gone) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let survivors = Arc::new(AtomicUsize::new(0));
         let writers = (0..writers)
             .map(|n| {
-                let (url, stop, survivors) = (cluster.url(database), stop.clone(), survivors.clone());
-                tokio::spawn(async move { write(&url, n, habits, &stop, &survivors).await })
+                let (url, survivors) = (cluster.url(database), survivors.clone());
+                let (stop, gone) = (stop.clone(), gone.clone());
+                tokio::spawn(async move { write(&url, n, habits, [&stop, &gone], &survivors).await })
             })
             .collect();
-        Load { stop, survivors, writers }
+        Load { stop, gone, survivors, writers }
     }
 
     /// How many prepared transactions were committed by another session than had prepared them.
     pub fn survivors(&self) -> usize {
         self.survivors.load(Ordering::SeqCst)
+    }
+
+    /// Ends them although their server is gone, and answers what they have committed; what was prepared is in doubt.
+    pub async fn abandon(self) -> Ledger {
+        self.gone.store(true, Ordering::SeqCst);
+        self.stop().await
     }
 
     /// Ends them and answers what they have committed.
@@ -150,7 +160,13 @@ impl Session {
     }
 }
 
-async fn write(url: &str, writer: u64, habits: Habits, stop: &AtomicBool, survivors: &AtomicUsize) -> Ledger {
+async fn write(
+    url: &str,
+    writer: u64,
+    habits: Habits,
+    [stop, gone]: [&AtomicBool; 2],
+    survivors: &AtomicUsize,
+) -> Ledger {
     let mut random = StdRng::seed_from_u64(writer);
     let mut ledger = Ledger::default();
     let (mut session, mut prepared): (_, Option<Prepared>) = (None, None);
@@ -159,6 +175,10 @@ async fn write(url: &str, writer: u64, habits: Habits, stop: &AtomicBool, surviv
         let Some(open) = &session else {
             session = Session::open(url).await;
             if session.is_none() {
+                if gone.load(Ordering::SeqCst) {
+                    ledger.unknown.extend(prepared.map(|prepared| prepared.ids));
+                    break;
+                }
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
             continue;

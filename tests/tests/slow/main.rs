@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Tests that take long: crashes, outages, connections of all kinds, PgBouncer.
 
+mod administration;
 mod commands;
 mod connections;
+mod failover;
 mod failures;
 mod https;
 mod load;
@@ -11,6 +13,7 @@ mod operations;
 mod outages;
 mod pgbouncer;
 mod relay_crash;
+mod restore;
 mod rotation;
 mod server_crash;
 mod shutdown;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: PostgreSQL
-//! PostgreSQL is killed again and again, with transactions of all kinds under way, and the relay survives.
+//! PostgreSQL is killed again and again, with transactions of all kinds under way, and the relay survives. `DTM_KILLS` sets how
+//! often.
 
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use rand::{Rng, SeedableRng};
 
 use crate::load::{self, Habits, Load};
 
-const KILLS: usize = 6;
+const KILLS_IN_CI: usize = 6;
 const DEADLINE: Duration = Duration::from_secs(60);
 
 async fn survives(preload: bool, habits: Habits, seed: u64) {
@@ -36,7 +37,8 @@ async fn survives(preload: bool, habits: Habits, seed: u64) {
     let mut relay = Relay::start(&cluster.url("shop"));
     let load = Load::start(&cluster, "shop", 6, habits);
     let mut random = StdRng::seed_from_u64(seed);
-    for kill in 0..KILLS {
+    let kills = std::env::var("DTM_KILLS").map_or(KILLS_IN_CI, |kills| kills.parse().expect("a number"));
+    for kill in 0..kills {
         let more = receiver.count() + random.random_range(20..600);
         receiver.wait_until(&format!("kill {kill}"), DEADLINE, |received| received.len() >= more).await;
         cluster.kill9().await;
@@ -56,7 +58,7 @@ async fn survives(preload: bool, habits: Habits, seed: u64) {
     let (events, duplicates) = load::assert_all_arrived(&client, &ledger, &receiver.received()).await;
     let unknown = ledger.unknown.iter().flatten().count();
     println!(
-        "{events} events, {} rolled back, {unknown} asynchronous or in doubt, {KILLS} kills, \
+        "{events} events, {} rolled back, {unknown} asynchronous or in doubt, {kills} kills, \
          {survivors} prepared before one and committed after it, {duplicates} duplicates",
         ledger.rolled_back.len()
     );

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: PostgreSQL
+//! A dump of a busy database, made while its log turns over, is restored: what was not delivered when it was made is delivered
+//! from there, in order, and before what is published there.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use dtm_tests::cluster::{Cluster, bin_dir};
+use dtm_tests::process;
+use dtm_tests::receiver::{Received, Receiver};
+use dtm_tests::relay::Relay;
+use tokio_postgres::Client;
+
+use crate::load::{self, Habits, Load};
+use crate::numbered::DEADLINE;
+
+const HABITS: Habits = Habits { asynchronous_one_in: 0, prepared_one_in: 0, pause: Duration::from_millis(2) };
+
+async fn source() -> (Cluster, Client, Receiver) {
+    let cluster = Cluster::builder().preload().start().await;
+    cluster.create_database("shop").await;
+    let admin = cluster.connect("shop").await;
+    let retention = "SELECT dtm.library_protocol(); ALTER DATABASE shop SET dtm.retention = '300ms'";
+    admin.batch_execute(retention).await.expect("settings");
+    let client = cluster.connect("shop").await;
+    load::prepare(&client).await;
+    let receiver = Receiver::start().await;
+    // Slow enough that the dump finds something undelivered.
+    let sql =
+        "SELECT dtm.subscribe('load', 'load.*', $1, '{\"on_restore\": \"continue\", \"max_in_flight\": 8}')";
+    client.execute(sql, &[&receiver.url()]).await.expect("subscribe");
+    (cluster, client, receiver)
+}
+
+fn configured(cluster: &Cluster, database: &str) -> String {
+    let url = cluster.url(database);
+    format!("upkeep_every = \"30ms\"\ncontrol_bytes = 65536\n[database.it]\nurl = \"{url}\"\n")
+}
+
+fn restore(cluster: &Cluster, database: &str, dump: &Path, is_custom: bool) {
+    let (program, file) =
+        if is_custom { ("pg_restore", "--exit-on-error") } else { ("psql", "-vON_ERROR_STOP=1") };
+    let mut command = Command::new(bin_dir().join(program));
+    command.args(["--single-transaction", file, "-d", &cluster.url(database)]);
+    if !is_custom {
+        command.arg("-Xqf");
+    }
+    process::run(command.arg(dump));
+}
+
+/// The versions that came of each key, first arrivals, in their order.
+fn versions(received: &[Received]) -> BTreeMap<String, Vec<i32>> {
+    let mut versions: BTreeMap<String, Vec<i32>> = BTreeMap::new();
+    for request in received.iter().filter(|request| request.accepted) {
+        let version = str::from_utf8(&request.body).expect("UTF-8").parse().expect("a version");
+        let of_key = versions.entry(request.header("ce-partitionkey").to_owned()).or_default();
+        if !of_key.contains(&version) {
+            of_key.push(version);
+        }
+    }
+    versions
+}
+
+/// Sends what the restored database delivers elsewhere, publishes there, and holds what arrives against its aggregates.
+async fn assert_goes_on(cluster: &Cluster, database: &str) {
+    let (client, receiver) = (cluster.connect(database).await, Receiver::start().await);
+    client
+        .execute("UPDATE dtm.subscription SET destination = $1", &[&receiver.url()])
+        .await
+        .expect("an update");
+    let dumped = client.query("SELECT name, version FROM aggregate", &[]).await.expect("aggregates");
+    let next = "WITH raised AS (UPDATE aggregate SET version = version + 1 RETURNING name, version) \
+                SELECT count(dtm.publish('load.event', to_jsonb(version), key => name)) FROM raised";
+    // Before any relay has met it, and after.
+    client.execute(next, &[]).await.expect("publish");
+    let mut relay = Relay::start_configured(&configured(cluster, database));
+    relay.wait_for_log("delivering").await;
+    client.execute(next, &[]).await.expect("publish");
+    let expected: BTreeMap<String, i32> =
+        dumped.iter().map(|row| (row.get(0), row.get::<_, i32>(1) + 2)).collect();
+    let is_last = |received: &[Received]| {
+        let versions = versions(received);
+        expected.iter().all(|(name, last)| versions.get(name).is_some_and(|of_key| of_key.contains(last)))
+    };
+    receiver.wait_until("the last of each key", DEADLINE, is_last).await;
+    assert!(relay.terminate().await.success());
+    let mut undelivered = 0;
+    for (name, of_key) in versions(&receiver.received()) {
+        let (first, last) = (of_key[0], expected[&name]);
+        assert_eq!(of_key, (first..=last).collect::<Vec<_>>(), "versions of {name}");
+        undelivered += (last - 1 - first).max(0);
+    }
+    println!("{undelivered} events were not delivered when the dump was made");
+}
+
+async fn dumped_and_restored(is_custom: bool) {
+    let (cluster, client, receiver) = source().await;
+    let mut relay = Relay::start_configured(&configured(&cluster, "shop"));
+    let load = Load::start(&cluster, "shop", 4, HABITS);
+    receiver.wait_for(500).await;
+    // The log turns over under a horizon that is held: it only grows then.
+    let pinned = cluster.connect("shop").await;
+    let pin = "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM aggregate";
+    pinned.batch_execute(pin).await.expect("a snapshot");
+    receiver.wait_for(1_000).await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("dump");
+    let mut dump = Command::new(bin_dir().join("pg_dump"));
+    dump.args(["-d", &cluster.url("shop"), if is_custom { "-Fc" } else { "-Fp" }, "-f"]).arg(&file);
+    process::run(&mut dump);
+    pinned.batch_execute("COMMIT").await.expect("COMMIT");
+    let ledger = load.stop().await;
+    receiver.wait_until("all", DEADLINE, |received| ledger.is_complete(received)).await;
+    ledger.assert_kept(&receiver.received());
+    load::assert_versions(&client, &receiver.received()).await;
+    assert!(relay.terminate().await.success());
+
+    let other = Cluster::builder().preload().start().await;
+    for (target, database) in [(&cluster, "again"), (&other, "shop")] {
+        let admin = target.connect("postgres").await;
+        admin.batch_execute(&format!("CREATE DATABASE {database}")).await.expect("a database");
+        restore(target, database, &file, is_custom);
+        assert_goes_on(target, database).await;
+    }
+    // What was restored is dumped and restored once more.
+    let twice = folder.path().join("twice");
+    let mut dump = Command::new(bin_dir().join("pg_dump"));
+    process::run(dump.args(["-d", &other.url("shop"), "-Fc", "-f"]).arg(&twice));
+    other.connect("postgres").await.batch_execute("CREATE DATABASE third").await.expect("a database");
+    restore(&other, "third", &twice, true);
+    assert_goes_on(&other, "third").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plain_dump_of_a_busy_database_goes_on_where_it_was_made() {
+    dumped_and_restored(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_custom_dump_of_a_busy_database_goes_on_where_it_was_made() {
+    dumped_and_restored(true).await;
+}
