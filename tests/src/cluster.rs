@@ -24,16 +24,24 @@ pub fn bin_dir() -> PathBuf {
     std::env::var_os("DTM_PG_BIN").map(PathBuf::from).expect("DTM_PG_BIN is not set: run this by cargo xtask")
 }
 
+/// The folders of the programs of older versions that are there, with the extension installed.
+pub fn older_bin_dirs() -> Vec<PathBuf> {
+    let all = std::env::var_os("DTM_PG_OLDER_BINS").filter(|all| !all.is_empty());
+    all.map_or_else(Vec::new, |all| std::env::split_paths(&all).collect())
+}
+
 /// How a cluster is to be.
 pub struct Builder {
     config: Vec<(String, String)>,
     at: Option<PathBuf>,
+    bin: PathBuf,
 }
 
 /// A running (or crashed) cluster. Dropping it stops and removes it.
 pub struct Cluster {
     // Before the folder: the server has to be gone when that is removed.
     server: Option<Child>,
+    bin: PathBuf,
     data: PathBuf,
     sockets: PathBuf,
     log: PathBuf,
@@ -51,6 +59,12 @@ impl Builder {
     /// Loads the library at the server's start, so that commits wake the relay.
     pub fn preload(self) -> Self {
         self.config("shared_preload_libraries", "pg_dtm")
+    }
+
+    /// Takes the server's programs from another folder than [`bin_dir`].
+    pub fn bin(mut self, folder: &Path) -> Self {
+        self.bin = folder.to_owned();
+        self
     }
 
     /// Keeps the cluster in this folder, and takes it up again if it is there.
@@ -79,6 +93,7 @@ impl Builder {
         let root = self.at.clone().unwrap_or_else(|| temporary.path().to_owned());
         let mut cluster = Cluster {
             server: None,
+            bin: self.bin.clone(),
             data: root.join("data"),
             sockets: temporary.path().join("s"),
             log: root.join("log"),
@@ -90,8 +105,9 @@ impl Builder {
             process::give_to_server(folder);
         }
         if !cluster.data.join("PG_VERSION").exists() {
-            let initdb = bin_dir().join("initdb");
-            let flags = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync", "-D"];
+            let initdb = self.bin.join("initdb");
+            let flags =
+                ["-k", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync", "-D"];
             process::run(server_command(initdb).args(flags).arg(&cluster.data));
         }
         for _ in 0..PORTS_TRIED {
@@ -107,7 +123,7 @@ impl Builder {
 impl Cluster {
     /// A cluster with PostgreSQL's defaults, fsync and synchronous_commit included.
     pub fn builder() -> Builder {
-        Builder { config: Vec::new(), at: None }
+        Builder { config: Vec::new(), at: None, bin: bin_dir() }
     }
 
     fn configure(&mut self, lines: &[(String, String)]) {
@@ -144,7 +160,7 @@ impl Cluster {
         assert!(self.server.is_none(), "the server runs already");
         let log = File::options().create(true).append(true).open(&self.log).expect("the log");
         let errors = log.try_clone().expect("the log");
-        let mut command = server_command(bin_dir().join("postgres"));
+        let mut command = server_command(self.bin.join("postgres"));
         command.arg("-D").arg(&self.data).stdin(Stdio::null()).stdout(log).stderr(errors);
         let mut server = command.spawn().expect("postgres");
         let (pid, config) = (server.id(), self.url("postgres"));

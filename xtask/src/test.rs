@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: PostgreSQL
 //! `cargo xtask test`: everything that CI runs, with one line for each step and a sum at the end.
 
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use crate::Result;
@@ -77,6 +78,7 @@ impl Report<'_> {
         say("compiling the relay and the tests");
         let programs = cargo::build_programs(self.workspace, &[])?;
         let suites = Suites::build(self.workspace)?;
+        let mut older: Vec<PathBuf> = Vec::new();
         for major in MAJORS {
             let server = server::prepare(self.workspace, major)?;
             extension::install(self.workspace, &server)?;
@@ -85,8 +87,13 @@ impl Report<'_> {
                     continue;
                 }
                 let mut command = suites.command(suite, self.workspace, &server, &programs)?;
+                command.env(
+                    "DTM_PG_OLDER_BINS",
+                    std::env::join_paths(&older).map_err(|error| error.to_string())?,
+                );
                 self.tests(&format!("{suite} tests on PostgreSQL {major}"), command.args(filter))?;
             }
+            older.push(server.pg_config.bindir);
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Benchmarks: what is measured, against what, and how it is shown.
 
+pub mod backlog;
 pub mod fanout;
 pub mod http;
 pub mod latency;

@@ -2,7 +2,7 @@
 //! `cargo xtask bench NAME`: measures against a baseline of the same run, checks every id, and prints a table.
 
 use clap::{Parser, ValueEnum};
-use dtm_tests::bench::{fanout, http, latency, pinned, publish, report};
+use dtm_tests::bench::{backlog, fanout, http, latency, pinned, publish, report};
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Bench {
@@ -16,6 +16,8 @@ enum Bench {
     Http,
     /// A hundred subscriptions against one, and nine endpoints beside a dead one
     Fanout,
+    /// From the bottom of five million events, against from 200,000; and the relay's memory
+    Backlog,
 }
 
 /// Benchmarks of pg_dtm.
@@ -42,6 +44,7 @@ async fn main() {
         Bench::Pinned => ("pinned", pinned::run(pairs).await),
         Bench::Http => ("http", http::run(pairs).await),
         Bench::Fanout => ("fanout", fanout::run(pairs).await),
+        Bench::Backlog => ("backlog", backlog::run(pairs).await),
     };
     report::print(name, &rows, arguments.json);
 }

@@ -102,3 +102,23 @@ async fn a_relay_under_another_role_says_what_it_lacks_and_goes_on_once_it_has_i
     // Its upkeep, too, is done with these rights.
     assert!(!relay.log().contains("rotating"), "{}", relay.log());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_that_is_upgraded_first_waits_for_the_extension_and_delivers_what_waited() {
+    let receiver = Receiver::start().await;
+    let cluster = Cluster::builder().preload().start().await;
+    cluster.connect("postgres").await.batch_execute("CREATE DATABASE shop").await.expect("a database");
+    let client = cluster.connect("shop").await;
+    client.batch_execute("CREATE EXTENSION pg_dtm VERSION '0.1'").await.expect("the version before");
+    subscribe(&client, "s", "t", &receiver).await;
+    publish(&client, "t", 1, 10).await;
+    let mut relay = Relay::start(&cluster.url("shop"));
+    relay.wait_for_log("ALTER EXTENSION pg_dtm UPDATE").await;
+    publish(&client, "t", 11, 20).await;
+    assert_eq!(receiver.count(), 0);
+    client.batch_execute("ALTER EXTENSION pg_dtm UPDATE").await.expect("the upgrade");
+    publish(&client, "t", 21, 30).await;
+    wait_for_all(&receiver, 30).await;
+    assert!(relay.terminate().await.success());
+    assert_eq!(receiver.count(), 30, "nothing is repeated");
+}

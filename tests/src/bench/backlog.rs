@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: PostgreSQL
+//! Delivering the same events from the bottom of a deep backlog and from a shallow one, the first delivery after a start, and the
+//! relay's memory.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use tokio_postgres::Client;
+use uuid::Uuid;
+
+use super::load::{self, DATABASE};
+use super::report::{Goal, Row};
+use super::sink::Sink;
+use super::statistics::Sample;
+use crate::arrivals::{self, Arrival};
+use crate::cluster::Cluster;
+use crate::relay::Relay;
+
+/// Events that are timed.
+const EVENTS: usize = 200_000;
+/// All events of the deep backlog; the timed ones are its oldest.
+const DEEP: usize = 5_000_000;
+/// Published in one transaction.
+const BATCH: usize = 100_000;
+/// The relay's default bound on bytes of events.
+const BUFFER_MB: f64 = 64.0;
+const LARGE_EVENTS: usize = 2_000;
+const LARGE_BYTES: usize = 1_000_000;
+const SHALLOW: &str = "shallow";
+const LARGE: &str = "large";
+const DRAIN: Duration = Duration::from_secs(300);
+
+async fn fill(client: &Client, events: usize) {
+    for _ in 0..events / BATCH {
+        let sql = "SELECT count(dtm.publish('orders.created', to_jsonb(repeat('x', 200)), key => 'customer-' || n % 1000)) \
+                   FROM generate_series(1, $1::int) n";
+        client.execute(sql, &[&(BATCH as i32)]).await.expect("publish");
+    }
+}
+
+async fn oldest(client: &Client) -> HashSet<Uuid> {
+    let rows = client.query("SELECT id FROM dtm.events ORDER BY seq LIMIT $1", &[&(EVENTS as i64)]);
+    rows.await.expect("the log").iter().map(|row| row.get(0)).collect()
+}
+
+struct Run {
+    /// Events a second.
+    rate: f64,
+    /// Milliseconds from the start of the process.
+    first_ms: f64,
+    /// The relay's greatest memory, beyond its bound on bytes of events.
+    beyond_mb: f64,
+}
+
+/// The greatest memory of a process so far.
+fn peak_mb(pid: u32) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("VmHWM");
+    line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
+}
+
+async fn deliver(cluster: &Cluster, database: &str, ids: &HashSet<Uuid>) -> Run {
+    let (client, sink) = (cluster.connect(database).await, Sink::start());
+    let sql = "SELECT dtm.subscribe('backlog', '>', $1, '{\"max_in_flight\": 64, \"max_lag\": \"100d\"}', 'earliest')";
+    client.execute(sql, &[&sink.url()]).await.expect("subscribe");
+    let started_ns = arrivals::monotonic_ns();
+    let mut relay = Relay::start(&cluster.url(database));
+    let mut wanted = ids.len();
+    let arrived: Vec<Arrival> = loop {
+        sink.wait_for(wanted, DRAIN).await;
+        let all = sink.arrivals(0);
+        let of_them: Vec<Arrival> = all.into_iter().filter(|arrival| ids.contains(&arrival.id)).collect();
+        // Keys go side by side: a few of the next ones come among them.
+        match ids.len() - of_them.len() {
+            0 => break of_them,
+            missing => wanted += missing,
+        }
+    };
+    let beyond_mb = peak_mb(relay.pid()) - BUFFER_MB;
+    assert!(relay.terminate().await.success());
+    client.execute("SELECT dtm.unsubscribe('backlog')", &[]).await.expect("unsubscribe");
+    let listed: Vec<Uuid> = ids.iter().copied().collect();
+    arrivals::assert_each(&arrived, &listed, 1);
+    let first_ms = (arrived[0].at_ns - started_ns) as f64 / 1e6;
+    Run { rate: arrivals::rate(&arrived), first_ms, beyond_mb }
+}
+
+async fn large(cluster: &Cluster) -> Run {
+    cluster.create_database(LARGE).await;
+    let client = cluster.connect(LARGE).await;
+    for _ in 0..LARGE_EVENTS / 100 {
+        let sql = "SELECT count(dtm.publish('t', to_jsonb(repeat('x', $1)))) FROM generate_series(1, 100)";
+        client.execute(sql, &[&(LARGE_BYTES as i32)]).await.expect("publish");
+    }
+    let ids = oldest(&client).await;
+    deliver(cluster, LARGE, &ids).await
+}
+
+/// How many sequence numbers a new subscription would look back for, while publishers and others have transactions open.
+async fn look_back(cluster: &Cluster, client: &Client) -> f64 {
+    let mut others = Vec::new();
+    for _ in 0..80 {
+        let other = cluster.connect(DATABASE).await;
+        other.batch_execute("BEGIN; SELECT pg_current_xact_id()").await.expect("a transaction that writes");
+        others.push(other);
+    }
+    let sql = "SELECT dtm.subscribe('late', 'nothing', 'http://127.0.0.1:9/')";
+    client.execute(sql, &[]).await.expect("subscribe");
+    let sql = "SELECT (SELECT last_value FROM dtm.event_seq) - c.low FROM dtm.subscription s, dtm.cursor_at(s.id, 0, s.epoch) c \
+               WHERE s.name = 'late'";
+    let numbers: i64 = client.query_one(sql, &[]).await.expect("its cursor").get(0);
+    client.execute("SELECT dtm.unsubscribe('late')", &[]).await.expect("unsubscribe");
+    numbers as f64
+}
+
+/// Runs the benchmark.
+pub async fn run(pairs: usize) -> Vec<Row> {
+    let cluster = load::cluster(true).await;
+    cluster.create_database(SHALLOW).await;
+    let (deep, shallow) = (cluster.connect(DATABASE).await, cluster.connect(SHALLOW).await);
+    fill(&shallow, EVENTS).await;
+    fill(&deep, DEEP).await;
+    let (deep_ids, shallow_ids) = (oldest(&deep).await, oldest(&shallow).await);
+    let looked_back = look_back(&cluster, &deep).await;
+    let (mut rates, mut firsts, mut memory) = (Vec::new(), Vec::new(), Vec::new());
+    for pair in 0..pairs {
+        let (mut from_deep, mut from_shallow) = (0.0, 0.0);
+        for is_deep in [pair.is_multiple_of(2), !pair.is_multiple_of(2)] {
+            if is_deep {
+                let run = deliver(&cluster, DATABASE, &deep_ids).await;
+                from_deep = run.rate;
+                firsts.push(run.first_ms);
+                memory.push(run.beyond_mb);
+            } else {
+                from_shallow = deliver(&cluster, SHALLOW, &shallow_ids).await.rate;
+            }
+        }
+        eprintln!("deep {from_deep:.0}/s, shallow {from_shallow:.0}/s");
+        rates.push((from_deep, from_shallow));
+    }
+    let large = large(&cluster).await;
+    let value =
+        |name: &str, unit, values: Vec<f64>, goal| Row::of_values(name, unit, &Sample::new(values), goal);
+    vec![
+        Row::of_pairs(
+            "the oldest 200,000 of 5,000,000 events ÷ of 200,000",
+            "events/s",
+            &rates,
+            Some(Goal::AtLeast(0.95)),
+        ),
+        value("first delivery after the start, of 5,000,000", "ms", firsts, Some(Goal::AtMost(1_000.0))),
+        value("  the relay's memory beyond its 64 MB", "MB", memory, Some(Goal::AtMost(64.0))),
+        value("  the same with 2,000 events of 1 MB", "MB", vec![large.beyond_mb], Some(Goal::AtMost(64.0))),
+        value("looked back for by a new subscription", "events", vec![looked_back], Some(Goal::AtMost(0.0))),
+    ]
+}
