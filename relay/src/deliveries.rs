@@ -163,7 +163,10 @@ impl Deliveries {
 
     fn pipeline(&self, assignment: &Assignment, drain: CancellationToken) -> Result<Pipeline, String> {
         let common = &self.common;
-        let options = Options::from_json(&assignment.options).map_err(|error| error.to_string())?;
+        let mut options = Options::from_json(&assignment.options).map_err(|error| error.to_string())?;
+        // The limits are the subscription's: its shards share them evenly.
+        options.max_in_flight = (options.max_in_flight / options.shards).max(1);
+        options.rate_limit = options.rate_limit.map(|rate| rate / f64::from(options.shards));
         let Destination::Http(uri) = Destination::parse(&assignment.destination)
             .map_err(|error| format!("destination {}: {error}", assignment.destination))?;
         let sink = HttpSink::new(&common.http, uri, &options, &common.secrets, &common.source)

@@ -156,9 +156,11 @@ BEGIN ATOMIC
         SELECT r.n, r.seq, r.key, r.topic, r.headers, r.payload, r.attempts, r.next_at, false AS blocks
         FROM dtm.retry r WHERE r.subscription = relay_parked.subscription
         UNION ALL
-        SELECT d.n, d.seq, d.key, d.topic, d.headers, d.payload, d.attempts, NULL, true
-        FROM dtm.dead_letter d JOIN dtm.subscription s ON s.id = d.subscription
-        WHERE d.subscription = relay_parked.subscription AND d.key IS NOT NULL AND s.options ->> 'on_dead' = 'block'
+        -- The first of a key: when that is gone, all is read anew.
+        (SELECT DISTINCT ON (d.key) d.n, d.seq, d.key, d.topic, d.headers, d.payload, d.attempts, NULL::timestamptz, true
+         FROM dtm.dead_letter d JOIN dtm.subscription s ON s.id = d.subscription
+         WHERE d.subscription = relay_parked.subscription AND d.key IS NOT NULL AND s.options ->> 'on_dead' = 'block'
+         ORDER BY d.key, d.n)
     )
     SELECT p.seq, p.key,
            octet_length(p.topic) + coalesce(octet_length(p.key), 0) + coalesce(octet_length(p.headers), 0)

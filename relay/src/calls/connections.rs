@@ -4,7 +4,7 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -178,9 +178,22 @@ impl Connections {
 
     /// Keeps a connection of which nothing is awaited any more.
     pub fn keep(self: &Arc<Self>, connection: Connection, now: Instant) {
+        let connection = match connection {
+            // A request that the server has answered before it had read all of it is not yet written: it would stand in the way
+            // of the next one.
+            Connection::Http1(mut http1) => {
+                if !http1.sender.is_ready() {
+                    http1.poll(&mut Context::from_waker(Waker::noop()));
+                }
+                Connection::Http1(http1)
+            }
+            other => other,
+        };
         let mut kept = self.state();
         match connection {
-            Connection::Http1(http1) if http1.driven.is_some() => kept.http1.push((http1, now)),
+            Connection::Http1(http1) if http1.driven.is_some() && http1.sender.is_ready() => {
+                kept.http1.push((http1, now));
+            }
             Connection::Http2(sender) if kept.http2.is_none() => kept.http2 = Some((sender, now)),
             _ => return,
         }

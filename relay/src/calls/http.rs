@@ -89,6 +89,12 @@ impl HttpCaller {
             _ => HeaderValue::from_str(authority.host()),
         };
         let (Ok(host), Some(target)) = (host, parts.path_and_query) else { return Err(NotAbsolute(uri)) };
+        if scheme == Scheme::HTTPS {
+            // A server that speaks HTTP/2 takes a bounded number of calls over one connection: whoever lets them hang shall
+            // hold up nobody else's.
+            let connections = Arc::new(Connections::new(self.connector.clone(), uri.clone()));
+            return Ok(Endpoint { connections, target: Uri::from(target), uri, host });
+        }
         let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
         servers.retain(|_, connections| connections.strong_count() > 0);
         let server = (scheme, authority);

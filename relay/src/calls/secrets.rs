@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Deserialize;
 
 /// Where a secret stands.
@@ -49,6 +51,10 @@ pub struct Echoes {
 /// What is shorter is looked for only where it is a secret by itself: it stands in other words too.
 const PART_CHARS_MIN: usize = 3;
 
+/// So many letters and digits in a row of a secret are looked for by themselves: what stands between them may come back in
+/// another form, such as `\/` for `/` in JSON, or `%2B` for `+`.
+const RUN_CHARS_MIN: usize = 5;
+
 /// The first word of credentials that many services take; it is no secret.
 const SCHEMES: [&str; 14] = [
     "apikey",
@@ -77,8 +83,17 @@ impl Echoes {
             if words.len() > 1 && is_scheme(words[0]) {
                 words.remove(0);
             }
-            let is_long = |word: &&str| word.chars().count() >= PART_CHARS_MIN;
-            parts.extend(words.into_iter().filter(is_long).map(|word| Secret(word.to_owned())));
+            let mut found: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+            // User and password of Basic.
+            let decoded = words.iter().filter_map(|word| BASE64.decode(word).ok());
+            let decoded: Vec<String> = decoded.filter_map(|bytes| String::from_utf8(bytes).ok()).collect();
+            found.extend(decoded.iter().flat_map(|text| text.split(':')).map(str::to_owned));
+            for text in found.clone() {
+                let runs = text.split(|c: char| !c.is_alphanumeric());
+                found.extend(runs.filter(|run| run.chars().count() >= RUN_CHARS_MIN).map(str::to_owned));
+            }
+            let is_long = |part: &String| part.chars().count() >= PART_CHARS_MIN;
+            parts.extend(found.into_iter().filter(is_long).map(Secret));
             parts.push(secret.clone());
         }
         parts.sort_by_key(|part| Reverse(part.0.len()));
@@ -184,6 +199,18 @@ mod tests {
             ("Bearer 3f9a-key", "3f9a and more", "3f9a and more"),
         ] {
             assert_eq!(blanked(secret, text), kept, "{secret} in {text}");
+        }
+    }
+
+    #[test]
+    fn a_secret_that_comes_back_in_another_form_is_blanked_too() {
+        let echoes =
+            Echoes::of(&[Secret("Bearer a/b+Secret/zz".into()), Secret("Basic dXNlcjpodW50ZXIy".into())]);
+        for echo in [r"wrong: Bearer a\/b+Secret\/zz", "wrong: a%2Fb%2BSecret%2Fzz", "wrong password hunter2"]
+        {
+            let mut text = echo.to_owned();
+            echoes.blank(&mut text);
+            assert!(!text.contains("Secret") && !text.contains("hunter2"), "{text}");
         }
     }
 }

@@ -73,6 +73,8 @@ pub struct Flow {
     bounds: ParkingBounds,
     parked: ParkingBounds,
     in_flight: usize,
+    /// Deliveries so far.
+    successes: u64,
     /// Parked when the pipeline began: after the number of shards was changed the log can bring some of them once more.
     known: HashSet<i64>,
     /// Lanes whose head has failed since the last success, or has no attempts left: it dies with the next one.
@@ -118,6 +120,7 @@ impl Flow {
             bounds,
             parked: ParkingBounds { events: 0, bytes: 0 },
             in_flight: 0,
+            successes: 0,
             known: parked.iter().map(|parked| parked.seq).collect(),
             suspects: HashSet::new(),
             settlements: Vec::new(),
@@ -279,11 +282,7 @@ impl Flow {
                 self.lanes.again(delivery);
                 Verdict::Gone
             }
-            Class::Throttled => {
-                self.pace.slow_down(outcome.retry_after, now);
-                self.lanes.again(delivery);
-                Verdict::Waits
-            }
+            Class::Throttled => self.throttled(delivery, outcome.retry_after, now),
             Class::Unsent => {
                 let blame = self.circuit.trip(&delivery.lane, now, random);
                 self.endpoints_fault(delivery, blame)
@@ -304,6 +303,7 @@ impl Flow {
     }
 
     fn delivered(&mut self, delivery: Delivery, now: Instant) -> Verdict {
+        self.successes += 1;
         self.circuit.succeeded(&delivery.lane);
         self.pace.succeeded();
         self.lanes.finish(&delivery.lane);

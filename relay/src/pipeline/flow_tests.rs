@@ -397,6 +397,39 @@ fn a_dead_letter_that_blocks_its_key_blocks_what_comes_after_it_and_not_what_com
     assert_eq!(model.stored.rows.iter().map(|row| row.0).collect::<Vec<_>>(), [6, 8], "8 is parked behind 6");
 }
 
+#[test]
+fn one_that_is_throttled_while_others_go_is_parked_uncharged_and_one_of_many_is_not() {
+    let mut model = Model::new(Instant::now());
+    model.log = (0..60).map(|n| (n == 1).then_some(9)).collect();
+    model.head = position(60);
+    for _ in 0..60 {
+        model.read(4);
+        model.send();
+        while let Some(delivery) = model.out.pop() {
+            let class = if delivery.event.seq == 2 { Class::Throttled } else { Class::Accepted };
+            model.settle(delivery, class);
+        }
+        model.now += Duration::from_secs(1);
+    }
+    model.store();
+    assert_eq!(model.stored.rows.iter().map(|row| (row.0, row.1)).collect::<Vec<_>>(), [(2, 0)]);
+    let (from, target, _) = model.stored.cursor;
+    assert_eq!((from, target), (60, None), "the cursor passes it");
+    let mut model = Model::new(Instant::now());
+    model.log = vec![None; 20];
+    model.head = position(20);
+    for _ in 0..60 {
+        model.read(4);
+        model.send();
+        while let Some(delivery) = model.out.pop() {
+            model.settle(delivery, Class::Throttled);
+        }
+        model.now += Duration::from_secs(1);
+        model.store();
+        assert!(model.stored.rows.is_empty());
+    }
+}
+
 fn assert_order(model: &Model) -> Result<(), TestCaseError> {
     let mut last = BTreeMap::new();
     for &seq in &model.arrived {

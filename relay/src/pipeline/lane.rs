@@ -31,6 +31,9 @@ pub enum Stage {
     Blocked,
 }
 
+/// An endpoint that asks for less so often when an event is sent, and takes others meanwhile, does not want that one now.
+const THROTTLED: u32 = 3;
+
 /// What is charged to the head of a lane.
 #[derive(Debug, Default)]
 pub struct Charges {
@@ -42,6 +45,17 @@ pub struct Charges {
     pub history: Vec<Attempt>,
     /// It failed when the endpoint counted as down. If it fails once more while that works, it has itself to blame.
     pub doubted: bool,
+    /// How often the endpoint has asked for less when it was sent, with successes of others between.
+    pub throttled: u32,
+    /// How many successes there had been by the last time.
+    pub throttled_at: u64,
+}
+
+impl Charges {
+    /// Whether the endpoint takes others and not this one: it asks for less whenever this one comes.
+    pub fn is_throttled(&self) -> bool {
+        self.throttled >= THROTTLED
+    }
 }
 
 impl Charges {
@@ -77,7 +91,7 @@ impl Lane {
 
     /// Whether what is read from the log has to wait for a poisoned event, or for one that is parked or dead.
     fn is_poisoned(&self) -> bool {
-        self.charges.attempts > 0 || !self.rows.is_empty()
+        self.charges.attempts > 0 || self.charges.is_throttled() || !self.rows.is_empty()
     }
 
     /// Takes an event of the log out of the lane, to be parked: the next one in the lane that is not parked yet, unless it is

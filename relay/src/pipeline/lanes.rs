@@ -284,7 +284,7 @@ impl Lanes {
             let Charges { attempts, doubted, .. } = lane.charges;
             if let Some((seq, place)) = head.filter(|_| attempts > 0 || doubted) {
                 let history = std::mem::take(&mut lane.charges.history);
-                let charges = Charges { attempts, doubted, history, suspected: Vec::new() };
+                let charges = Charges { attempts, doubted, history, ..Charges::default() };
                 unloaded.push(Unloaded { seq, place, charges, until });
             }
             if head.is_some_and(|(_, place)| place == Place::Row) {

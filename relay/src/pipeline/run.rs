@@ -254,7 +254,7 @@ impl Pipeline {
         if reads.page.is_none() && flow.wants_page(small, now) {
             reads.page = self.next_page(flow, reads, now);
         }
-        if reads.page.is_none() && reads.parked.is_none() {
+        if reads.page.is_none() {
             flow.has_all_it_gets(now);
         }
         Ok(())
@@ -264,8 +264,10 @@ impl Pipeline {
         reads.at_head = false;
         let unit = self.wanted.unit;
         loop {
-            let free = self.bounds.events.saturating_sub(flow.held());
+            // What is delivered and not stored yet comes again after a crash: that, too, is bounded.
+            let free = self.bounds.events.saturating_sub(flow.held() + self.cursors.unstored(&self.owner));
             if free == 0 {
+                reads.not_before = Some(now + ROOM_AGAIN);
                 return None;
             }
             let Some(room) = self.share.room(self.bounds.page_bytes) else {
@@ -357,16 +359,12 @@ impl Pipeline {
         for Settlement { seq, attempts, .. } in settlements.iter().filter(is_dead) {
             tracing::error!(subscription = self.name, seq, attempts, "an event is a dead letter");
         }
-        let delivered = report.0.as_ref().is_some_and(|before| frontier.covered != before.covered);
+        let before = report.0.as_ref().map_or(frontier.covered, |before| before.covered);
+        let covers = usize::try_from(frontier.covered - before).unwrap_or(usize::MAX);
         // The first one is where the pipeline began: it is stored already.
         if report.0.is_some() || !settlements.is_empty() || !ahead.is_empty() {
             let Frontier { position, target, acked, .. } = frontier.clone();
-            self.cursors.moved(
-                &self.owner,
-                Cursor { position, target, acked, ahead },
-                settlements,
-                delivered,
-            );
+            self.cursors.moved(&self.owner, Cursor { position, target, acked, ahead }, settlements, covers);
         }
         report.0 = Some(frontier);
     }

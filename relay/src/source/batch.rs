@@ -11,7 +11,7 @@ use tokio_postgres::types::ToSql;
 use super::cursors::Move;
 use super::error::SourceError;
 use super::mark::Mark;
-use super::settlement::Settlement;
+use super::settlement::{Attempt, Settlement};
 
 /// The statement.
 pub(super) const SQL: &str = "SELECT position_ids, fenced, busy, broken, stale FROM \
@@ -40,7 +40,8 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    pub(super) fn of(moves: &[Move], now: Instant) -> Self {
+    /// `is_utf8`: the database can store every text; if not, what is not ASCII is left out of histories.
+    pub(super) fn of(moves: &[Move], now: Instant, is_utf8: bool) -> Self {
         let mut batch = Batch::default();
         let mut places = HashMap::new();
         for Move { owner, cursor, settlements, .. } in moves {
@@ -54,19 +55,26 @@ impl Batch {
             batch.targets.push(target);
             batch.acked.push(cursor.acked);
             batch.ahead.push(array(&cursor.ahead));
-            settlements.iter().for_each(|settlement| batch.settle(settlement, now));
+            settlements.iter().for_each(|settlement| batch.settle(settlement, now, is_utf8));
         }
         batch
     }
 
     /// One more of the last move.
-    fn settle(&mut self, settlement: &Settlement, now: Instant) {
+    fn settle(&mut self, settlement: &Settlement, now: Instant, is_utf8: bool) {
         let Settlement { seq, what, attempts, history, next } = settlement;
         self.of.push(i32::try_from(self.subscriptions.len()).unwrap_or(i32::MAX));
         self.seqs.push(*seq);
         self.what.push(what.as_str());
         self.attempts.push(i32::try_from(*attempts).unwrap_or(i32::MAX));
         self.next_in.push(next.map(|next| next.saturating_duration_since(now).as_secs_f64()));
+        let ascii: Vec<Attempt>;
+        let history = if is_utf8 {
+            history
+        } else {
+            ascii = history.iter().map(Attempt::in_ascii).collect();
+            &ascii
+        };
         self.histories.push(serde_json::to_value(history).unwrap_or_else(|_| Value::Array(Vec::new())));
     }
 
@@ -125,7 +133,7 @@ mod tests {
     use dtm_core::position::Position;
 
     use super::super::cursors::{Cursor, Cursors, Owner};
-    use super::super::settlement::{Attempt, Leave};
+    use super::super::settlement::Leave;
     use super::*;
 
     fn mark() -> Arc<Mark> {
@@ -139,7 +147,7 @@ mod tests {
     fn moves(all: Vec<(i64, Cursor, Vec<Settlement>)>) -> Vec<Move> {
         let cursors = Cursors::default();
         for (subscription, cursor, settlements) in all {
-            cursors.moved(&owner(subscription), cursor, settlements, true);
+            cursors.moved(&owner(subscription), cursor, settlements, 1);
         }
         let mut moves = cursors.take(Instant::now());
         moves.sort_by_key(|entry| entry.owner.subscription);
@@ -160,11 +168,11 @@ mod tests {
             (2, cursor(Some(&target)), Vec::new()),
             (3, cursor(Some(&shared)), Vec::new()),
         ]);
-        let batch = Batch::of(&moves, Instant::now());
+        let batch = Batch::of(&moves, Instant::now(), true);
         assert_eq!(batch.positions, [-1, -1, -1]);
         assert_eq!(batch.targets, [None, Some(-2), Some(-1)]);
         batch.stored(vec![70, 71]).unwrap();
-        let again = Batch::of(&moves, Instant::now());
+        let again = Batch::of(&moves, Instant::now(), true);
         assert_eq!((again.new_positions.len(), again.positions), (0, vec![70, 70, 70]));
         assert_eq!(again.targets, [None, Some(71), Some(70)]);
         assert!(batch.stored(vec![1]).is_err());
@@ -185,7 +193,7 @@ mod tests {
         let cursor = |ahead: Vec<i64>| Cursor { position: mark(), target: None, acked: 0, ahead };
         let moves =
             moves(vec![(1, cursor(vec![4, 9]), Vec::new()), (2, cursor(Vec::new()), vec![park, done])]);
-        let batch = Batch::of(&moves, now);
+        let batch = Batch::of(&moves, now, true);
         assert_eq!(batch.ahead, [Some("{4,9}".to_owned()), None]);
         assert_eq!((batch.of, batch.seqs, batch.what), (vec![2, 2], vec![7, 8], vec!["park", "done"]));
         assert_eq!((batch.attempts, batch.next_in), (vec![2, 0], vec![Some(3.0), None]));

@@ -25,6 +25,9 @@ const EVERY: Duration = Duration::from_millis(100);
 /// After a statement that the database refused.
 const REFUSED: Duration = Duration::from_millis(500);
 
+/// A cursor that waits for somebody's transaction is told of after so long.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// A refusal that stays is told so often.
 const TELL_EVERY: Duration = Duration::from_secs(60);
 
@@ -72,8 +75,8 @@ pub(super) struct Move {
     pub(super) cursor: Cursor,
     pub(super) settlements: Vec<Settlement>,
     due: Instant,
-    /// It covers events, or settles some.
-    soon: bool,
+    /// How many events it covers or settles beyond what is stored.
+    covers: usize,
     /// The number of the first of the moves that it is made of.
     number: u64,
 }
@@ -92,7 +95,7 @@ impl Move {
 /// A move whose statement is under way.
 struct UnderWay {
     number: u64,
-    soon: bool,
+    covers: usize,
 }
 
 #[derive(Default)]
@@ -124,25 +127,26 @@ pub struct Cursors {
 }
 
 impl Cursors {
-    /// Leaves a move to be stored. `soon`: it covers events, so that storing it soon spares duplicates after a crash.
-    pub fn moved(&self, owner: &Owner, cursor: Cursor, mut settlements: Vec<Settlement>, soon: bool) {
+    /// Leaves a move to be stored. `covers`: so many events more than the one before; storing it soon spares duplicates after a
+    /// crash.
+    pub fn moved(&self, owner: &Owner, cursor: Cursor, mut settlements: Vec<Settlement>, covers: usize) {
         let now = Instant::now();
-        let mut soon = soon || !settlements.is_empty();
-        let mut due = if soon { now } else { now + IDLE_EVERY };
+        let mut covers = covers + settlements.len();
+        let mut due = if covers > 0 { now } else { now + IDLE_EVERY };
         let mut waiting = self.lock();
         waiting.left += 1;
         let mut number = waiting.left;
         if let Some(mut earlier) = waiting.moves.remove(&owner.unit()).filter(|earlier| earlier.is_of(owner))
         {
             due = due.min(earlier.due);
-            soon |= earlier.soon;
+            covers += earlier.covers;
             number = earlier.number;
             settlement::follow(&mut earlier.settlements, settlements);
             settlements = earlier.settlements;
         }
         waiting
             .moves
-            .insert(owner.unit(), Move { owner: owner.clone(), cursor, settlements, due, soon, number });
+            .insert(owner.unit(), Move { owner: owner.clone(), cursor, settlements, due, covers, number });
         drop(waiting);
         self.arrived.notify_one();
     }
@@ -162,7 +166,7 @@ impl Cursors {
                     settlement::follow(&mut earlier.settlements, std::mem::take(&mut later.settlements));
                     later.settlements = earlier.settlements;
                     later.due = due;
-                    later.soon |= earlier.soon;
+                    later.covers += earlier.covers;
                     later.number = earlier.number;
                 }
                 // What an earlier owner left would be refused.
@@ -176,7 +180,15 @@ impl Cursors {
     /// Whether events are delivered that no stored cursor covers: they would be delivered again.
     pub fn has_unstored(&self) -> bool {
         let waiting = self.lock();
-        waiting.under_way.values().any(|entry| entry.soon) || waiting.moves.values().any(|entry| entry.soon)
+        let under_way = waiting.under_way.values().map(|entry| entry.covers);
+        under_way.chain(waiting.moves.values().map(|entry| entry.covers)).any(|covers| covers > 0)
+    }
+
+    /// How many events of this owner are delivered or settled, and no stored cursor covers them.
+    pub fn unstored(&self, owner: &Owner) -> usize {
+        let waiting = self.lock();
+        let under_way = waiting.under_way.get(&owner.unit()).map_or(0, |entry| entry.covers);
+        under_way + waiting.moves.get(&owner.unit()).map_or(0, |entry| entry.covers)
     }
 
     /// Waits until every move that this owner has left is stored or refused. Others are not waited for: a user's transaction
@@ -203,7 +215,8 @@ impl Cursors {
         let mut waiting = self.lock();
         let due: Vec<Move> =
             waiting.moves.extract_if(|_, entry| entry.due <= now).map(|(_, entry)| entry).collect();
-        let under_way = |entry: &Move| (entry.unit(), UnderWay { number: entry.number, soon: entry.soon });
+        let under_way =
+            |entry: &Move| (entry.unit(), UnderWay { number: entry.number, covers: entry.covers });
         waiting.under_way = due.iter().map(under_way).collect();
         due
     }
@@ -226,6 +239,10 @@ impl Cursors {
 /// long holds up the cursors alone.
 pub async fn follow(link: Link, cursors: Arc<Cursors>) -> Result<Infallible, SourceError> {
     let statement = link.prepare("preparing to move cursors", batch::SQL).await?;
+    let encoding = "SELECT pg_catalog.current_setting('server_encoding')";
+    let is_utf8 = link.query_one("asking for the encoding", encoding, &[]).await?.get::<_, &str>(0) == "UTF8";
+    let store = Store { link, statement, is_utf8 };
+    let mut waits = Waits::default();
     let mut told: Option<(SourceError, Instant)> = None;
     let mut told_broken: Option<Instant> = None;
     loop {
@@ -235,10 +252,11 @@ pub async fn follow(link: Link, cursors: Arc<Cursors>) -> Result<Infallible, Sou
         if moves.is_empty() {
             continue;
         }
-        match store(&link, &statement, &mut moves).await {
+        match store.all(&mut moves).await {
             Ok(refused) => {
                 told = None;
                 complain(&refused.broken, &mut told_broken);
+                waits.tell(&refused.busy, begun);
                 let again = begun + if refused.broken.is_empty() { EVERY } else { REFUSED };
                 cursors.ended(refused.not_stored, again);
                 tokio::time::sleep_until(begun + EVERY).await;
@@ -259,36 +277,101 @@ pub async fn follow(link: Link, cursors: Arc<Cursors>) -> Result<Infallible, Sou
     }
 }
 
+/// Subscriptions whose cursors wait for somebody's transaction, since when, and when that was told.
+#[derive(Default)]
+struct Waits(HashMap<i64, (Instant, Option<Instant>)>);
+
+impl Waits {
+    fn tell(&mut self, busy: &[i64], now: Instant) {
+        self.0.retain(|subscription, _| busy.contains(subscription));
+        for subscription in busy {
+            let (since, told) = self.0.entry(*subscription).or_insert((now, None));
+            if now >= *since + PATIENCE && told.is_none_or(|at| now >= at + TELL_EVERY) {
+                *told = Some(now);
+                let hint = "end it: what was delivered since comes again after a crash, and in the end nothing more is sent";
+                tracing::warn!(
+                    subscription,
+                    hint,
+                    "its cursor waits for a transaction that redrives, discards or rewinds"
+                );
+            }
+        }
+    }
+}
+
 /// What has to wait.
+#[derive(Default)]
 struct Refused {
     not_stored: Vec<Move>,
     /// The ids of subscriptions that cannot be settled.
     broken: Vec<i64>,
+    /// The ids of those that somebody works on.
+    busy: Vec<i64>,
 }
 
-/// Stores moves in one statement. Those have to wait whose subscription somebody changes at this moment, those that park an
-/// event that is not in the log, and those whose positions have to be told anew.
-async fn store(link: &Link, statement: &Statement, moves: &mut Vec<Move>) -> Result<Refused, SourceError> {
-    let batch = Batch::of(moves, Instant::now());
-    let row = link.query_one("moving cursors", statement, &batch.parameters()).await?;
-    batch.stored(row.get(0))?;
-    refuse(moves, &row.get::<_, Vec<i32>>(1));
-    let (busy, broken, stale): (Vec<i32>, Vec<i32>, Vec<i32>) = (row.get(2), row.get(3), row.get(4));
-    let is_at = |places: &[i32], at: usize| i32::try_from(at + 1).is_ok_and(|place| places.contains(&place));
-    let mut refused = Refused { not_stored: Vec::new(), broken: Vec::new() };
-    for (at, entry) in std::mem::take(moves).into_iter().enumerate() {
-        if is_at(&broken, at) {
-            refused.broken.push(entry.owner.subscription);
+struct Store {
+    link: Link,
+    statement: Statement,
+    /// The database can store every text.
+    is_utf8: bool,
+}
+
+impl Store {
+    /// Stores moves: in one statement or, where the database refuses that, one by one, so that what is wrong with one holds up
+    /// no other. Those that are not stored after an error stay in `moves`.
+    async fn all(&self, moves: &mut Vec<Move>) -> Result<Refused, SourceError> {
+        let error = match self.store(moves).await {
+            Err(error) if error.spares_connection() && moves.len() > 1 => error,
+            done => return done,
+        };
+        let (mut refused, mut wrong) = (Refused::default(), Vec::new());
+        for entry in std::mem::take(moves) {
+            let mut one = vec![entry];
+            match self.store(&mut one).await {
+                Ok(more) => {
+                    refused.not_stored.extend(more.not_stored);
+                    refused.broken.extend(more.broken);
+                    refused.busy.extend(more.busy);
+                }
+                Err(_) => wrong.append(&mut one),
+            }
         }
-        if is_at(&stale, at) {
-            entry.cursor.position.forgotten();
-            entry.cursor.target.iter().for_each(|target| target.forgotten());
+        if wrong.is_empty() {
+            return Ok(refused);
         }
-        if [&busy, &broken, &stale].iter().any(|places| is_at(places, at)) {
-            refused.not_stored.push(entry);
-        }
+        wrong.append(&mut refused.not_stored);
+        *moves = wrong;
+        Err(error)
     }
-    Ok(refused)
+
+    /// Stores moves in one statement. Those have to wait whose subscription somebody changes at this moment, those that park an
+    /// event that is not in the log, and those whose positions have to be told anew.
+    async fn store(&self, moves: &mut Vec<Move>) -> Result<Refused, SourceError> {
+        let batch = Batch::of(moves, Instant::now(), self.is_utf8);
+        let row = self.link.query_one("moving cursors", &self.statement, &batch.parameters()).await?;
+        batch.stored(row.get(0))?;
+        refuse(moves, &row.get::<_, Vec<i32>>(1));
+        let (busy, broken, stale): (Vec<i32>, Vec<i32>, Vec<i32>) = (row.get(2), row.get(3), row.get(4));
+        let is_at =
+            |places: &[i32], at: usize| i32::try_from(at + 1).is_ok_and(|place| places.contains(&place));
+        let mut refused = Refused::default();
+        for (at, entry) in std::mem::take(moves).into_iter().enumerate() {
+            if is_at(&broken, at) {
+                refused.broken.push(entry.owner.subscription);
+            }
+            if is_at(&busy, at) {
+                refused.busy.push(entry.owner.subscription);
+            }
+            if is_at(&stale, at) {
+                entry.cursor.position.forgotten();
+                entry.cursor.target.iter().for_each(|target| target.forgotten());
+            }
+            if [&busy, &broken, &stale].iter().any(|places| is_at(places, at)) {
+                refused.not_stored.push(entry);
+            }
+        }
+        Ok(refused)
+    }
 }
 
 fn complain(broken: &[i64], told: &mut Option<Instant>) {

@@ -29,9 +29,9 @@ fn seqs(entry: &Move) -> Vec<i64> {
 #[test]
 fn what_was_delivered_is_due_at_once_and_the_rest_later() {
     let cursors = Cursors::default();
-    cursors.moved(&owner(1), cursor(0), Vec::new(), false);
-    cursors.moved(&owner(2), cursor(0), Vec::new(), true);
-    cursors.moved(&owner(3), cursor(0), vec![done(1)], false);
+    cursors.moved(&owner(1), cursor(0), Vec::new(), 0);
+    cursors.moved(&owner(2), cursor(0), Vec::new(), 1);
+    cursors.moved(&owner(3), cursor(0), vec![done(1)], 0);
     let due = cursors.take(Instant::now());
     let mut subscriptions: Vec<i64> = due.iter().map(|entry| entry.owner.subscription).collect();
     subscriptions.sort_unstable();
@@ -43,8 +43,8 @@ fn what_was_delivered_is_due_at_once_and_the_rest_later() {
 #[test]
 fn a_later_move_replaces_an_earlier_cursor_and_settles_in_order() {
     let cursors = Cursors::default();
-    cursors.moved(&owner(1), cursor(1), vec![done(1)], true);
-    cursors.moved(&owner(1), cursor(2), vec![done(2)], false);
+    cursors.moved(&owner(1), cursor(1), vec![done(1)], 1);
+    cursors.moved(&owner(1), cursor(2), vec![done(2)], 0);
     let due = cursors.take(Instant::now());
     assert_eq!((due.len(), due[0].cursor.acked, seqs(&due[0])), (1, 2, vec![1, 2]));
 }
@@ -52,10 +52,10 @@ fn a_later_move_replaces_an_earlier_cursor_and_settles_in_order() {
 #[test]
 fn what_could_not_be_stored_comes_before_what_came_since() {
     let cursors = Cursors::default();
-    cursors.moved(&owner(1), cursor(1), vec![done(1)], true);
-    cursors.moved(&owner(2), cursor(1), vec![done(9)], true);
+    cursors.moved(&owner(1), cursor(1), vec![done(1)], 1);
+    cursors.moved(&owner(2), cursor(1), vec![done(9)], 1);
     let failed = cursors.take(Instant::now());
-    cursors.moved(&owner(1), cursor(2), vec![done(2)], true);
+    cursors.moved(&owner(1), cursor(2), vec![done(2)], 1);
     cursors.ended(failed, Instant::now());
     let due = cursors.take(Instant::now());
     let first = due.iter().find(|entry| entry.owner.subscription == 1).unwrap();
@@ -65,12 +65,12 @@ fn what_could_not_be_stored_comes_before_what_came_since() {
 #[test]
 fn what_an_earlier_owner_left_is_void() {
     let cursors = Cursors::default();
-    cursors.moved(&owner(1), cursor(1), vec![done(1)], true);
+    cursors.moved(&owner(1), cursor(1), vec![done(1)], 1);
     let failed = cursors.take(Instant::now());
     let later = Owner { token: 2, ..owner(1) };
-    cursors.moved(&later, cursor(2), vec![done(2)], true);
+    cursors.moved(&later, cursor(2), vec![done(2)], 1);
     cursors.ended(failed, Instant::now());
-    cursors.moved(&Owner { token: 3, ..owner(1) }, cursor(3), vec![done(3)], true);
+    cursors.moved(&Owner { token: 3, ..owner(1) }, cursor(3), vec![done(3)], 1);
     let due = cursors.take(Instant::now());
     assert_eq!((due.len(), due[0].cursor.acked, seqs(&due[0])), (1, 3, vec![3]));
 }
@@ -79,7 +79,7 @@ fn what_an_earlier_owner_left_is_void() {
 fn only_the_refused_are_fenced() {
     let cursors = Cursors::default();
     for subscription in [1, 2] {
-        cursors.moved(&owner(subscription), cursor(1), Vec::new(), true);
+        cursors.moved(&owner(subscription), cursor(1), Vec::new(), 1);
     }
     let moves = cursors.take(Instant::now());
     refuse(&moves, &[2]);
@@ -89,9 +89,9 @@ fn only_the_refused_are_fenced() {
 #[test]
 fn what_is_delivered_and_not_stored_is_known() {
     let cursors = Cursors::default();
-    cursors.moved(&owner(1), cursor(1), Vec::new(), false);
+    cursors.moved(&owner(1), cursor(1), Vec::new(), 0);
     assert!(!cursors.has_unstored(), "nothing for it came by");
-    cursors.moved(&owner(1), cursor(2), Vec::new(), true);
+    cursors.moved(&owner(1), cursor(2), Vec::new(), 1);
     assert!(cursors.has_unstored());
     let moves = cursors.take(Instant::now());
     assert!(cursors.has_unstored(), "it is under way");
@@ -106,12 +106,12 @@ fn what_is_delivered_and_not_stored_is_known() {
 async fn a_barrier_waits_for_its_own_moves_and_for_no_others() {
     let cursors = Cursors::default();
     let is_passed = async |owner: &Owner| cursors.barrier(owner).now_or_never().is_some();
-    cursors.moved(&owner(1), cursor(1), Vec::new(), false);
-    cursors.moved(&owner(2), cursor(1), Vec::new(), true);
+    cursors.moved(&owner(1), cursor(1), Vec::new(), 0);
+    cursors.moved(&owner(2), cursor(1), Vec::new(), 1);
     assert!(is_passed(&owner(3)).await && !is_passed(&owner(1)).await);
     let taken = cursors.take(Instant::now());
     assert_eq!(taken.len(), 2, "a barrier makes its move due");
-    cursors.moved(&owner(1), cursor(2), Vec::new(), true);
+    cursors.moved(&owner(1), cursor(2), Vec::new(), 1);
     let (busy, stored): (Vec<Move>, Vec<Move>) =
         taken.into_iter().partition(|entry| entry.owner.subscription == 2);
     drop(stored);

@@ -25,8 +25,9 @@ pub struct Greeting {
 
 /// Introduces the relay. A refusal says what is wrong and how to mend it.
 pub async fn hello(link: &Link, environment: &str) -> Result<Greeting, SourceError> {
-    check_extension(link).await?;
+    let version = check_extension(link).await?;
     check_protocol(link).await?;
+    check_version(&version)?;
     let what = "introducing the relay";
     let row = link.query_one(what, "SELECT * FROM dtm.relay_hello($1)", &[&environment]).await?;
     let eras: Vec<i32> = row.get("eras");
@@ -60,6 +61,21 @@ pub async fn check_protocol(link: &Link) -> Result<(), SourceError> {
     agree(row.get(0), row.get(1))
 }
 
+/// Refuses an extension whose SQL is of an earlier version, whatever its library.
+pub fn check_version(version: &str) -> Result<(), SourceError> {
+    let number = |version: &str| -> Vec<u64> {
+        version.split('.').take(2).map(|part| part.parse().unwrap_or(0)).collect()
+    };
+    let own = env!("CARGO_PKG_VERSION");
+    if number(version) >= number(own) {
+        return Ok(());
+    }
+    Err(SourceError::Unfit {
+        problem: format!("the extension is of version {version}, the relay of version {own}"),
+        hint: "Run ALTER EXTENSION pg_dtm UPDATE: the relay waits for it.".into(),
+    })
+}
+
 fn agree(least: i32, greatest: i32) -> Result<(), SourceError> {
     if (least..=greatest).contains(&PROTOCOL) {
         return Ok(());
@@ -74,6 +90,13 @@ fn agree(least: i32, greatest: i32) -> Result<(), SourceError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_older_version_is_refused_and_a_newer_one_is_not() {
+        assert_eq!(check_version(env!("CARGO_PKG_VERSION")), Ok(()));
+        assert_eq!(check_version("99.0"), Ok(()));
+        assert!(check_version("0.1").unwrap_err().hint().unwrap().contains("ALTER EXTENSION pg_dtm UPDATE"));
+    }
 
     #[test]
     fn a_protocol_out_of_bounds_is_refused_naming_both() {

@@ -32,6 +32,14 @@ impl Attempt {
     }
 }
 
+impl Attempt {
+    /// The same without what another encoding than UTF-8 may not have.
+    pub(super) fn in_ascii(&self) -> Self {
+        let ascii = |text: &str| text.chars().map(|c| if c.is_ascii() { c } else { '?' }).collect();
+        Attempt { error: ascii(&self.error), body: ascii(&self.body), ..self.clone() }
+    }
+}
+
 /// What is stored about an event together with the cursor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settlement {

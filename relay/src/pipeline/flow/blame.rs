@@ -1,14 +1,20 @@
 // SPDX-License-Identifier: PostgreSQL
 //! What follows from a failure: for the event, its lane and its row, by whose fault it was.
 
+use std::time::Duration;
+
 use dtm_core::options::OnDead;
 use tokio::time::Instant;
 
 use super::{Flow, Verdict};
 use crate::calls::circuit::Blame;
+use crate::calls::pace::RETRY_AFTER_MAX;
 use crate::pipeline::delivery::{Delivery, LaneName, Place, Row};
-use crate::pipeline::lane::Stage;
+use crate::pipeline::lane::{Lane, Stage};
 use crate::source::settlement::{Attempt, Leave, Settlement};
+
+/// One that is throttled alone rests for so long at the least.
+const THROTTLED_FOR: Duration = Duration::from_secs(5);
 
 impl Flow {
     pub(super) fn endpoints_fault(&mut self, delivery: Delivery, blame: Blame) -> Verdict {
@@ -31,6 +37,31 @@ impl Flow {
             self.suspect_if_over(&name, attempts);
         }
         Verdict::Down
+    }
+
+    /// Nothing is charged. But where others go through again and again, and this one does not, it is parked like a poisoned one.
+    pub(super) fn throttled(
+        &mut self,
+        delivery: Delivery,
+        retry_after: Option<Duration>,
+        now: Instant,
+    ) -> Verdict {
+        let mut alone = false;
+        if let Some(Lane { charges, .. }) = self.lanes.get_mut(&delivery.lane)
+            && charges.throttled_at != self.successes
+        {
+            charges.throttled_at = self.successes;
+            charges.throttled += 1;
+            alone = charges.is_throttled();
+        }
+        if alone {
+            let until = now + retry_after.unwrap_or(THROTTLED_FOR).clamp(THROTTLED_FOR, RETRY_AFTER_MAX);
+            self.lanes.rest(delivery, until);
+            return Verdict::Again(until);
+        }
+        self.pace.slow_down(retry_after, now);
+        self.lanes.again(delivery);
+        Verdict::Waits
     }
 
     /// A head without attempts left dies with the next success of another.
