@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Databases that are not in UTF-8: what goes over the wire is, and what cannot be is refused when it is published.
 
+use std::time::Duration;
+
 use dtm_tests::cluster::Cluster;
-use dtm_tests::receiver::Receiver;
+use dtm_tests::process;
+use dtm_tests::receiver::{Receiver, Reply};
 use dtm_tests::relay::Relay;
 use tokio_postgres::Client;
 
@@ -51,6 +54,32 @@ async fn umlauts_arrive_as_utf8_from_a_database_of_any_encoding() {
         let row = client.query_one(sql, &[]).await.expect("a euro sign does not spoil the view");
         let shown = if encoding == "LATIN1" { 3 } else { 4 };
         assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1)), (4, shown), "{encoding}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_the_database_has_no_characters_for_is_kept_without_them_and_holds_up_nobody() {
+    let cluster = Cluster::builder().start().await;
+    for encoding in ["SQL_ASCII", "LATIN1", "UTF8"] {
+        let (name, client) = database(&cluster, encoding).await;
+        let receiver = Receiver::start_with(|r| match &*r.body {
+            b"1" => Reply::Body(422, "costs 5 €".into()),
+            _ => Reply::status(200),
+        })
+        .await;
+        client.execute("SELECT dtm.subscribe('s', 't', $1)", &[&receiver.url()]).await.expect("subscribe");
+        let sql = "SELECT dtm.publish('t', to_jsonb(n % 2)) FROM generate_series(1, 6) n";
+        client.execute(sql, &[]).await.expect("publish");
+        let mut relay = Relay::start(&cluster.url(&name));
+        let sql = "SELECT count(*) FROM dtm.dead_letters WHERE history -> -1 ->> 'body' LIKE 'costs 5 _'";
+        let dead = process::eventually(Duration::from_secs(30), || async {
+            // Somebody else's success tells whose fault it is.
+            client.execute("SELECT dtm.publish('t', '0')", &[]).await.expect("publish");
+            let dead: i64 = client.query_one(sql, &[]).await.expect("dead letters").get(0);
+            (dead == 3).then_some(())
+        });
+        assert!(dead.await.is_some(), "{encoding}: {}", relay.log());
+        assert!(relay.terminate().await.success());
     }
 }
 

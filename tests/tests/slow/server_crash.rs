@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use dtm_tests::cluster::Cluster;
 use dtm_tests::process;
-use dtm_tests::receiver::Receiver;
+use dtm_tests::receiver::{Received, Receiver, Reply};
 use dtm_tests::relay::Relay;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -16,7 +16,7 @@ use crate::load::{self, Habits, Load};
 const KILLS_IN_CI: usize = 6;
 const DEADLINE: Duration = Duration::from_secs(60);
 
-async fn survives(preload: bool, habits: Habits, seed: u64) {
+async fn survives(preload: bool, habits: Habits, refused_one_in: usize, seed: u64) {
     let mut builder = Cluster::builder()
         // Nobody but those who need it writes the WAL out: what is asynchronous is really lost in a crash.
         .config("wal_writer_delay", "10s")
@@ -27,7 +27,12 @@ async fn survives(preload: bool, habits: Habits, seed: u64) {
     }
     let mut cluster = builder.start().await;
     cluster.create_database("shop").await;
-    let receiver = Receiver::start().await;
+    let mut requests = 0;
+    let behaviour = move |_: &Received| {
+        requests += 1;
+        Reply::status(if refused_one_in > 0 && requests % refused_one_in == 0 { 500 } else { 200 })
+    };
+    let receiver = Receiver::start_with(behaviour).await;
     {
         let client = cluster.connect("shop").await;
         load::prepare(&client).await;
@@ -67,8 +72,13 @@ async fn survives(preload: bool, habits: Habits, seed: u64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_server_with_rolled_back_prepared_and_asynchronous_publishes_loses_nothing_and_invents_nothing()
  {
-    survives(true, Habits { asynchronous_one_in: 2, prepared_one_in: 4, pause: Duration::from_millis(2) }, 1)
-        .await;
+    survives(
+        true,
+        Habits { asynchronous_one_in: 2, prepared_one_in: 4, pause: Duration::from_millis(2) },
+        20,
+        1,
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -76,6 +86,7 @@ async fn a_killed_server_where_every_commit_is_asynchronous_or_prepared_delivers
     survives(
         false,
         Habits { asynchronous_one_in: 1, prepared_one_in: 4, pause: Duration::from_millis(5) },
+        0,
         2,
     )
     .await;
