@@ -66,24 +66,9 @@ pub struct Output {
     pub settings: Settings,
 }
 
-/// Which dead letters to show.
+/// Conditions on dead letters: all of them have to hold.
 #[derive(Args, Debug)]
-pub struct Listed {
-    /// Of this subscription only.
-    pub subscription: Option<String>,
-    /// So many at the most.
-    #[arg(long, default_value_t = 100)]
-    pub limit: u32,
-    /// The answer.
-    #[command(flatten)]
-    pub output: Output,
-}
-
-/// Which dead letters to redrive or discard. All conditions have to hold.
-#[derive(Args, Debug)]
-pub struct DeadLetters {
-    /// Of this subscription.
-    pub subscription: String,
+pub struct Filter {
     /// With this id; may be given several times.
     #[arg(long = "id", value_name = "UUID")]
     pub ids: Vec<String>,
@@ -93,6 +78,44 @@ pub struct DeadLetters {
     /// Published at this time or later.
     #[arg(long, value_name = "TIME")]
     pub since: Option<String>,
+}
+
+impl Filter {
+    /// None of them is given.
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty() && self.topic.is_none() && self.since.is_none()
+    }
+
+    /// The ids, if there are some.
+    pub fn ids(&self) -> Option<&Vec<String>> {
+        Some(&self.ids).filter(|ids| !ids.is_empty())
+    }
+}
+
+/// Which dead letters to show.
+#[derive(Args, Debug)]
+pub struct Listed {
+    /// Of this subscription only.
+    pub subscription: Option<String>,
+    /// Which of them.
+    #[command(flatten)]
+    pub filter: Filter,
+    /// So many at the most.
+    #[arg(long, default_value_t = 100)]
+    pub limit: u32,
+    /// The answer.
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// Which dead letters to redrive or discard.
+#[derive(Args, Debug)]
+pub struct DeadLetters {
+    /// Of this subscription.
+    pub subscription: String,
+    /// Which of them.
+    #[command(flatten)]
+    pub filter: Filter,
     /// So many at the most, the oldest first.
     #[arg(long, value_name = "N")]
     pub max: Option<u32>,

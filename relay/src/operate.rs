@@ -52,8 +52,9 @@ async fn connect(config: &Config, database: Option<&str>) -> Result<Link, Operat
 /// A connection to a database whose extension this relay understands.
 pub async fn connect_to(config: &Config, database: &Database) -> Result<Link, SourceError> {
     let link = Connector::new(database.settings.clone(), config.statement_timeout)?.connect().await?;
-    hello::check_extension(&link).await?;
+    let version = hello::check_extension(&link).await?;
     hello::check_protocol(&link).await?;
+    hello::check_version(&version)?;
     Ok(link)
 }
 
@@ -75,8 +76,18 @@ pub async fn status(config: &Config, output: &Output) -> Result<ExitCode, Operat
     let link = connect(config, output.database.as_deref()).await?;
     let sql = "SELECT to_jsonb(s) FROM dtm.subscriptions s ORDER BY name";
     let rows = objects(&link, "reading subscriptions", sql, &[]).await?;
-    let columns =
-        ["name", "state", "owner", "lag_seconds", "lag_events", "retrying", "dead", "destination", "reason"];
+    let columns = [
+        "name",
+        "state",
+        "owner",
+        "lag_seconds",
+        "lag_events",
+        "lag_bytes",
+        "retrying",
+        "dead",
+        "destination",
+        "reason",
+    ];
     show(output, rows, &columns, "there are no subscriptions");
     Ok(ExitCode::SUCCESS)
 }
@@ -84,11 +95,16 @@ pub async fn status(config: &Config, output: &Output) -> Result<ExitCode, Operat
 /// `dead-letters list`: those of all subscriptions or of one, newest first.
 pub async fn list(config: &Config, listed: &Listed) -> Result<ExitCode, OperateError> {
     let link = connect(config, listed.output.database.as_deref()).await?;
-    let sql = "SELECT to_jsonb(d) FROM dtm.dead_letters d WHERE ($1::text IS NULL OR name = $1) \
+    let sql = "SELECT to_jsonb(d) FROM dtm.dead_letters d \
+               WHERE ($1::text IS NULL OR name = $1) AND ($3::text[] IS NULL OR id = ANY ($3::uuid[])) \
+                 AND ($4::text IS NULL OR dtm.topic_matches($4, topic)) \
+                 AND ($5::text IS NULL OR published_at >= $5::timestamptz) \
                ORDER BY died_at DESC LIMIT $2";
     let limit = i64::from(listed.limit);
-    let what = "reading dead letters";
-    let rows = objects(&link, what, sql, &[&listed.subscription, &limit]).await?;
+    let (what, filter) = ("reading dead letters", &listed.filter);
+    let parameters: [&(dyn ToSql + Sync); 5] =
+        [&listed.subscription, &limit, &filter.ids(), &filter.topic, &filter.since];
+    let rows = objects(&link, what, sql, &parameters).await?;
     if rows.is_empty() && listed.subscription.is_some() {
         let known = "SELECT dtm.raise_no_subscription($1) \
                      WHERE NOT EXISTS (SELECT FROM dtm.subscription WHERE name = $1)";
@@ -110,7 +126,7 @@ pub enum Deed {
 
 /// `dead-letters redrive` and `discard`: in pieces, so that a great number of them stands in nobody's way.
 pub async fn deal(config: &Config, deed: Deed, which: &DeadLetters) -> Result<ExitCode, OperateError> {
-    if which.ids.is_empty() && which.topic.is_none() && which.since.is_none() && !which.everything {
+    if which.filter.is_empty() && !which.everything {
         return Err(OperateError::NoFilter);
     }
     let link = connect(config, which.output.database.as_deref()).await?;
@@ -120,7 +136,7 @@ pub async fn deal(config: &Config, deed: Deed, which: &DeadLetters) -> Result<Ex
     };
     let sql = format!("SELECT dtm.{function}($1, $2::text[]::uuid[], $3, $4::text::timestamptz, $5, $6)");
     let statement = link.prepare(what, &sql).await?;
-    let ids = (!which.ids.is_empty()).then_some(&which.ids);
+    let filter = &which.filter;
     // No more than there are now: those that are redriven and die again are not to be redriven for ever. One at the least: the
     // database says what is wrong with the arguments.
     let count = "SELECT greatest(count(*), 1) FROM dtm.dead_letters WHERE name = $1";
@@ -130,7 +146,7 @@ pub async fn deal(config: &Config, deed: Deed, which: &DeadLetters) -> Result<Ex
     while total < most {
         let batch = i32::try_from(most - total).unwrap_or(BATCH).min(BATCH);
         let parameters: [&(dyn ToSql + Sync); 6] =
-            [&which.subscription, &ids, &which.topic, &which.since, &batch, &which.everything];
+            [&which.subscription, &filter.ids(), &filter.topic, &filter.since, &batch, &which.everything];
         let moved: i64 = link.query_one(what, &statement, &parameters).await?.get(0);
         total += moved;
         if moved < i64::from(batch) {

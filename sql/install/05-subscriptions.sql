@@ -129,13 +129,15 @@ BEGIN
         missing := ARRAY(SELECT DISTINCT n.id FROM unnest(ids) AS n (id)
                          WHERE n.id > 0 AND NOT EXISTS (SELECT FROM dtm.position_log_1 p WHERE p.id = n.id));
         IF missing <> '{}' THEN
-            INSERT INTO dtm.position_log_1 SELECT * FROM dtm.position_log_2 p WHERE p.id = ANY (missing);
+            INSERT INTO dtm.position_log_1 SELECT * FROM dtm.position_log_2 p WHERE p.id = ANY (missing)
+            ON CONFLICT DO NOTHING;  -- another relay is at it, too
         END IF;
     ELSE
         missing := ARRAY(SELECT DISTINCT n.id FROM unnest(ids) AS n (id)
                          WHERE n.id > 0 AND NOT EXISTS (SELECT FROM dtm.position_log_2 p WHERE p.id = n.id));
         IF missing <> '{}' THEN
-            INSERT INTO dtm.position_log_2 SELECT * FROM dtm.position_log_1 p WHERE p.id = ANY (missing);
+            INSERT INTO dtm.position_log_2 SELECT * FROM dtm.position_log_1 p WHERE p.id = ANY (missing)
+            ON CONFLICT DO NOTHING;
         END IF;
     END IF;
     RETURN ARRAY(SELECT unnest(missing) EXCEPT SELECT p.id FROM dtm.position_log p WHERE p.id = ANY (missing));

@@ -119,7 +119,8 @@ BEGIN
          SELECT p.* FROM dtm.position_log_%1$s p
          WHERE (p.id IN (SELECT unnest(ARRAY[c."position", c.target]) FROM dtm.cursor_log_%2$s c)
                 OR p.id = (SELECT max(id) FROM dtm.position_log))
-           AND NOT EXISTS (SELECT FROM dtm.position_log_%2$s o WHERE o.id = p.id)',
+           AND NOT EXISTS (SELECT FROM dtm.position_log_%2$s o WHERE o.id = p.id)
+         ON CONFLICT DO NOTHING',
         'INSERT INTO dtm.lease_log_%2$s
          SELECT newest.* FROM (SELECT DISTINCT ON (l.subscription, l.shard) l.* FROM dtm.lease_log_%1$s l
                                ORDER BY l.subscription, l.shard, l.token DESC) newest

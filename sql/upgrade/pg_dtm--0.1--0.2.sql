@@ -77,13 +77,15 @@ BEGIN
         missing := ARRAY(SELECT DISTINCT n.id FROM unnest(ids) AS n (id)
                          WHERE n.id > 0 AND NOT EXISTS (SELECT FROM dtm.position_log_1 p WHERE p.id = n.id));
         IF missing <> '{}' THEN
-            INSERT INTO dtm.position_log_1 SELECT * FROM dtm.position_log_2 p WHERE p.id = ANY (missing);
+            INSERT INTO dtm.position_log_1 SELECT * FROM dtm.position_log_2 p WHERE p.id = ANY (missing)
+            ON CONFLICT DO NOTHING;  -- another relay is at it, too
         END IF;
     ELSE
         missing := ARRAY(SELECT DISTINCT n.id FROM unnest(ids) AS n (id)
                          WHERE n.id > 0 AND NOT EXISTS (SELECT FROM dtm.position_log_2 p WHERE p.id = n.id));
         IF missing <> '{}' THEN
-            INSERT INTO dtm.position_log_2 SELECT * FROM dtm.position_log_1 p WHERE p.id = ANY (missing);
+            INSERT INTO dtm.position_log_2 SELECT * FROM dtm.position_log_1 p WHERE p.id = ANY (missing)
+            ON CONFLICT DO NOTHING;
         END IF;
     END IF;
     RETURN ARRAY(SELECT unnest(missing) EXCEPT SELECT p.id FROM dtm.position_log p WHERE p.id = ANY (missing));
@@ -786,9 +788,11 @@ BEGIN ATOMIC
         SELECT r.n, r.seq, r.key, r.topic, r.headers, r.payload, r.attempts, r.next_at, false AS blocks
         FROM dtm.retry r WHERE r.subscription = relay_parked.subscription
         UNION ALL
-        SELECT d.n, d.seq, d.key, d.topic, d.headers, d.payload, d.attempts, NULL, true
-        FROM dtm.dead_letter d JOIN dtm.subscription s ON s.id = d.subscription
-        WHERE d.subscription = relay_parked.subscription AND d.key IS NOT NULL AND s.options ->> 'on_dead' = 'block'
+        -- The first of a key: when that is gone, all is read anew.
+        (SELECT DISTINCT ON (d.key) d.n, d.seq, d.key, d.topic, d.headers, d.payload, d.attempts, NULL::timestamptz, true
+         FROM dtm.dead_letter d JOIN dtm.subscription s ON s.id = d.subscription
+         WHERE d.subscription = relay_parked.subscription AND d.key IS NOT NULL AND s.options ->> 'on_dead' = 'block'
+         ORDER BY d.key, d.n)
     )
     SELECT p.seq, p.key,
            octet_length(p.topic) + coalesce(octet_length(p.key), 0) + coalesce(octet_length(p.headers), 0)
@@ -1204,7 +1208,8 @@ BEGIN
          SELECT p.* FROM dtm.position_log_%1$s p
          WHERE (p.id IN (SELECT unnest(ARRAY[c."position", c.target]) FROM dtm.cursor_log_%2$s c)
                 OR p.id = (SELECT max(id) FROM dtm.position_log))
-           AND NOT EXISTS (SELECT FROM dtm.position_log_%2$s o WHERE o.id = p.id)',
+           AND NOT EXISTS (SELECT FROM dtm.position_log_%2$s o WHERE o.id = p.id)
+         ON CONFLICT DO NOTHING',
         'INSERT INTO dtm.lease_log_%2$s
          SELECT newest.* FROM (SELECT DISTINCT ON (l.subscription, l.shard) l.* FROM dtm.lease_log_%1$s l
                                ORDER BY l.subscription, l.shard, l.token DESC) newest

@@ -102,6 +102,8 @@ struct Reads {
     parked: Option<(Reading<Vec<Event>>, Vec<i64>)>,
     /// Not before this time.
     not_before: Option<Instant>,
+    /// Nothing tells when there is room again: it is looked for at this time, if nothing else happens before.
+    look_again: Option<Instant>,
     /// There is nothing to read before the head moves.
     at_head: bool,
 }
@@ -162,7 +164,8 @@ impl Pipeline {
                 Some(stop_at) => Some(stop_at),
                 None => {
                     let due = flow.next_timer(now).filter(|_| !without_lease);
-                    due.into_iter().chain(reads.not_before.filter(|at| *at > now)).min()
+                    let reads = reads.not_before.into_iter().chain(reads.look_again).filter(|at| *at > now);
+                    due.into_iter().chain(reads).min()
                 }
             };
             tokio::select! {
@@ -225,6 +228,7 @@ impl Pipeline {
     /// Begins to read what comes next, if there is room for it and something to read.
     fn read_on(&mut self, flow: &mut Flow, reads: &mut Reads) -> Result<(), SourceError> {
         let now = Instant::now();
+        reads.look_again = None;
         let small = self.share.held() <= HELD_WHILE_DOWN;
         if reads.page.is_none() && reads.parked.is_none() && !small && flow.may_unload(now) {
             // The cursor is that of the same pipeline, whose era is known.
@@ -264,14 +268,15 @@ impl Pipeline {
         reads.at_head = false;
         let unit = self.wanted.unit;
         loop {
-            // What is delivered and not stored yet comes again after a crash: that, too, is bounded.
-            let free = self.bounds.events.saturating_sub(flow.held() + self.cursors.unstored(&self.owner));
+            // What is delivered and not stored comes again after a crash: where storing is held up, that is bounded, too.
+            let held_up = self.cursors.held_up(&self.owner, now);
+            let free = self.bounds.events.saturating_sub(flow.held() + held_up);
             if free == 0 {
-                reads.not_before = Some(now + ROOM_AGAIN);
+                reads.look_again = Some(now + ROOM_AGAIN).filter(|_| held_up > 0);
                 return None;
             }
             let Some(room) = self.share.room(self.bounds.page_bytes) else {
-                reads.not_before = Some(now + ROOM_AGAIN);
+                reads.look_again = Some(now + ROOM_AGAIN);
                 return None;
             };
             let shared = flow.stands_at().and_then(|position| self.tail.after(position, unit));

@@ -25,6 +25,9 @@ const EVERY: Duration = Duration::from_millis(100);
 /// After a statement that the database refused.
 const REFUSED: Duration = Duration::from_millis(500);
 
+/// Storing is held up when it takes longer than this.
+const HELD_UP: Duration = Duration::from_secs(1);
+
 /// A cursor that waits for somebody's transaction is told of after so long.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -75,6 +78,8 @@ pub(super) struct Move {
     pub(super) cursor: Cursor,
     pub(super) settlements: Vec<Settlement>,
     due: Instant,
+    /// When the first of the moves that it is made of and that cover something was left.
+    since: Instant,
     /// How many events it covers or settles beyond what is stored.
     covers: usize,
     /// The number of the first of the moves that it is made of.
@@ -94,6 +99,7 @@ impl Move {
 
 /// A move whose statement is under way.
 struct UnderWay {
+    since: Instant,
     number: u64,
     covers: usize,
 }
@@ -135,18 +141,22 @@ impl Cursors {
         let mut due = if covers > 0 { now } else { now + IDLE_EVERY };
         let mut waiting = self.lock();
         waiting.left += 1;
-        let mut number = waiting.left;
+        let (mut number, mut since) = (waiting.left, now);
         if let Some(mut earlier) = waiting.moves.remove(&owner.unit()).filter(|earlier| earlier.is_of(owner))
         {
             due = due.min(earlier.due);
+            if earlier.covers > 0 {
+                since = earlier.since;
+            }
             covers += earlier.covers;
             number = earlier.number;
             settlement::follow(&mut earlier.settlements, settlements);
             settlements = earlier.settlements;
         }
-        waiting
-            .moves
-            .insert(owner.unit(), Move { owner: owner.clone(), cursor, settlements, due, covers, number });
+        waiting.moves.insert(
+            owner.unit(),
+            Move { owner: owner.clone(), cursor, settlements, due, since, covers, number },
+        );
         drop(waiting);
         self.arrived.notify_one();
     }
@@ -167,7 +177,7 @@ impl Cursors {
                     later.settlements = earlier.settlements;
                     later.due = due;
                     later.covers += earlier.covers;
-                    later.number = earlier.number;
+                    (later.number, later.since) = (earlier.number, earlier.since);
                 }
                 // What an earlier owner left would be refused.
                 Entry::Occupied(_) => {}
@@ -184,11 +194,15 @@ impl Cursors {
         under_way.chain(waiting.moves.values().map(|entry| entry.covers)).any(|covers| covers > 0)
     }
 
-    /// How many events of this owner are delivered or settled, and no stored cursor covers them.
-    pub fn unstored(&self, owner: &Owner) -> usize {
+    /// How many events of this owner are delivered or settled and no stored cursor covers them, if that has been so for longer
+    /// than storing takes.
+    pub fn held_up(&self, owner: &Owner, now: Instant) -> usize {
         let waiting = self.lock();
-        let under_way = waiting.under_way.get(&owner.unit()).map_or(0, |entry| entry.covers);
-        under_way + waiting.moves.get(&owner.unit()).map_or(0, |entry| entry.covers)
+        let under_way = waiting.under_way.get(&owner.unit()).map(|entry| (entry.since, entry.covers));
+        let waits = waiting.moves.get(&owner.unit()).map(|entry| (entry.since, entry.covers));
+        let all = || under_way.iter().chain(&waits);
+        let is_late = all().any(|(since, covers)| *covers > 0 && *since + HELD_UP <= now);
+        if is_late { all().map(|(_, covers)| covers).sum() } else { 0 }
     }
 
     /// Waits until every move that this owner has left is stored or refused. Others are not waited for: a user's transaction
@@ -215,8 +229,9 @@ impl Cursors {
         let mut waiting = self.lock();
         let due: Vec<Move> =
             waiting.moves.extract_if(|_, entry| entry.due <= now).map(|(_, entry)| entry).collect();
-        let under_way =
-            |entry: &Move| (entry.unit(), UnderWay { number: entry.number, covers: entry.covers });
+        let under_way = |entry: &Move| {
+            (entry.unit(), UnderWay { since: entry.since, number: entry.number, covers: entry.covers })
+        };
         waiting.under_way = due.iter().map(under_way).collect();
         due
     }

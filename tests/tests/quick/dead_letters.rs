@@ -338,13 +338,9 @@ async fn a_dead_letter_blocks_its_key_if_it_should() {
     )
     .await;
     let [first, second, third, fourth, of_b, _] = seqs[..] else { unreachable!() };
-    let blocked = [
-        (first, None, true),
-        (second, None, false),
-        (third, None, true),
-        (fourth, None, false),
-        (of_b, Some(true), false),
-    ];
+    // Of a key's dead letters the first is enough: what is behind it waits in any case.
+    let blocked =
+        [(first, None, true), (second, None, false), (fourth, None, false), (of_b, Some(true), false)];
     assert_eq!(shop.waiting().await, blocked, "a dead letter without a key blocks nothing");
     let waiting = "SELECT seq FROM dtm.retries WHERE waits_behind ORDER BY seq";
     assert_eq!(shop.numbers(waiting).await, [second, fourth]);

@@ -163,6 +163,12 @@ async fn a_dead_letter_is_listed_with_its_reason_and_delivered_when_it_is_redriv
         }
     }
     let id = site.json(&["dead-letters", "list"])[0]["id"].as_str().expect("an id").to_owned();
+    let filters =
+        [("--id", &*id, 1), ("--topic", "t", 1), ("--topic", "other.*", 0), ("--since", "2100-01-01", 0)];
+    for (filter, value, expected) in filters {
+        let listed = site.json(&["dead-letters", "list", filter, value]);
+        assert_eq!(listed.as_array().map(Vec::len), Some(expected), "{filter} {value}: {listed}");
+    }
     let table = site.text(&["dead-letters", "list", "s"]);
     assert_eq!(table.lines().count(), 2, "{table}");
     assert!([&id, "500", "Internal Server Error"].iter().all(|part| table.contains(*part)), "{table}");
