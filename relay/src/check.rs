@@ -98,8 +98,7 @@ async fn check(config: &Config, database: &Database, findings: &mut Findings) ->
     }
     findings.good("privileges");
 
-    hello::check_protocol(&link).await?;
-    hello::check_version(&version)?;
+    hello::check_protocol(&link, &version).await?;
     findings.good(&format!("extension pg_dtm {version} speaks this relay's protocol"));
     if let Some(newer) = inspect::newer_version(&link).await? {
         findings

@@ -53,8 +53,7 @@ async fn connect(config: &Config, database: Option<&str>) -> Result<Link, Operat
 pub async fn connect_to(config: &Config, database: &Database) -> Result<Link, SourceError> {
     let link = Connector::new(database.settings.clone(), config.statement_timeout)?.connect().await?;
     let version = hello::check_extension(&link).await?;
-    hello::check_protocol(&link).await?;
-    hello::check_version(&version)?;
+    hello::check_protocol(&link, &version).await?;
     Ok(link)
 }
 

@@ -122,24 +122,19 @@ $$;
 CREATE FUNCTION dtm.keep_positions(ids bigint[]) RETURNS bigint[]
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    segment smallint := dtm.control_segment();
-    missing bigint[];
+    written smallint := dtm.control_segment();
+    missing bigint[] := ARRAY(
+        SELECT DISTINCT n.id FROM unnest(ids) AS n (id)
+        WHERE n.id > 0 AND NOT EXISTS (SELECT FROM dtm.position_log p WHERE p.id = n.id AND p.segment = written));
 BEGIN
-    IF segment = 1 THEN
-        missing := ARRAY(SELECT DISTINCT n.id FROM unnest(ids) AS n (id)
-                         WHERE n.id > 0 AND NOT EXISTS (SELECT FROM dtm.position_log_1 p WHERE p.id = n.id));
-        IF missing <> '{}' THEN
-            INSERT INTO dtm.position_log_1 SELECT * FROM dtm.position_log_2 p WHERE p.id = ANY (missing)
-            ON CONFLICT DO NOTHING;  -- another relay is at it, too
-        END IF;
-    ELSE
-        missing := ARRAY(SELECT DISTINCT n.id FROM unnest(ids) AS n (id)
-                         WHERE n.id > 0 AND NOT EXISTS (SELECT FROM dtm.position_log_2 p WHERE p.id = n.id));
-        IF missing <> '{}' THEN
-            INSERT INTO dtm.position_log_2 SELECT * FROM dtm.position_log_1 p WHERE p.id = ANY (missing)
-            ON CONFLICT DO NOTHING;
-        END IF;
+    IF missing = '{}' THEN
+        RETURN missing;
     END IF;
+    -- ON CONFLICT: another relay is at it, too.
+    INSERT INTO dtm.position_log_1 SELECT * FROM dtm.position_log_2 p WHERE p.id = ANY (missing) AND written = 1
+    ON CONFLICT DO NOTHING;
+    INSERT INTO dtm.position_log_2 SELECT * FROM dtm.position_log_1 p WHERE p.id = ANY (missing) AND written = 2
+    ON CONFLICT DO NOTHING;
     RETURN ARRAY(SELECT unnest(missing) EXCEPT SELECT p.id FROM dtm.position_log p WHERE p.id = ANY (missing));
 END
 $$;

@@ -101,21 +101,7 @@ BEGIN
 END
 $$;
 
--- Where a subscription goes on. No row: it has no cursor, and must not be delivered.
-CREATE FUNCTION dtm.relay_cursor(subscription bigint, shard int, epoch bigint)
-RETURNS TABLE ("position" text, target text, acked bigint)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-    SELECT p.body, t.body, c.acked
-    FROM (SELECT * FROM dtm.cursor_log l
-          WHERE l.subscription = relay_cursor.subscription AND l.shard = relay_cursor.shard AND l.epoch = relay_cursor.epoch
-          ORDER BY l.id DESC LIMIT 1) c
-    JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
-    LEFT JOIN dtm.position_log t ON t.id = c.target AND t.segment = c.segment
-    WHERE c.target IS NULL OR t.id IS NOT NULL;
-END;
-
--- The same with what is delivered beyond acked.
+-- Where a subscription goes on, and what is delivered beyond acked. No row: it has no cursor, and must not be delivered.
 CREATE FUNCTION dtm.relay_resume(subscription bigint, shard int, epoch bigint)
 RETURNS TABLE ("position" text, target text, acked bigint, ahead bigint[])
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
@@ -127,6 +113,15 @@ BEGIN ATOMIC
     JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
     LEFT JOIN dtm.position_log t ON t.id = c.target AND t.segment = c.segment
     WHERE c.target IS NULL OR t.id IS NOT NULL;
+END;
+
+-- The same for relays of version 0.1.
+CREATE FUNCTION dtm.relay_cursor(subscription bigint, shard int, epoch bigint)
+RETURNS TABLE ("position" text, target text, acked bigint)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT r."position", r.target, r.acked
+    FROM dtm.relay_resume(relay_cursor.subscription, relay_cursor.shard, relay_cursor.epoch) r;
 END;
 
 -- The head of the log if there is anything past a known position, else null. When it returns, everything that the position

@@ -68,8 +68,7 @@ BEGIN
             END IF;
             EXECUTE format('TRUNCATE dtm.log_%s', old);
             RETURN 'emptied';
-        ELSIF retired[old] IS NULL AND dtm.is_needless(old)
-              AND EXISTS (SELECT FROM dtm.log_segments() s WHERE s.segment = old AND s.last_seq IS NOT NULL) THEN
+        ELSIF retired[old] IS NULL AND dtm.is_needless(old) THEN
             UPDATE dtm.rotation SET log_retired[old] = pg_current_xact_id()::text::bigint;
             RETURN 'retired';
         END IF;
@@ -88,15 +87,13 @@ BEGIN
 END
 $$;
 
--- Whether nothing in a segment of the log is wanted: by the retention time, or by a subscription.
+-- Whether there is something in a segment of the log, and nothing of it is wanted: by the retention time, or by a subscription.
 CREATE FUNCTION dtm.is_needless(segment int) RETURNS boolean
 LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-    SELECT last.last_seq IS NULL
-           OR last.last_at < clock_timestamp() - dtm.retention()
-              AND NOT EXISTS (SELECT FROM dtm.needs n WHERE n.low IS NULL OR n.low < last.last_seq)
-    FROM dtm.log_segments() last WHERE last.segment = is_needless.segment;
-END;
+RETURN EXISTS (
+    SELECT FROM dtm.log_segments() last
+    WHERE last.segment = is_needless.segment AND last.last_at < clock_timestamp() - dtm.retention()
+      AND NOT EXISTS (SELECT FROM dtm.needs n WHERE n.low IS NULL OR n.low < last.last_seq));
 
 -- Copies from a segment of control data to the other one what is the newest of its kind and is not there; answers how much.
 CREATE FUNCTION dtm.copy_control(source int, target int) RETURNS bigint

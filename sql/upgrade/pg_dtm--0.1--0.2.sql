@@ -70,24 +70,19 @@ $$;
 CREATE FUNCTION dtm.keep_positions(ids bigint[]) RETURNS bigint[]
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    segment smallint := dtm.control_segment();
-    missing bigint[];
+    written smallint := dtm.control_segment();
+    missing bigint[] := ARRAY(
+        SELECT DISTINCT n.id FROM unnest(ids) AS n (id)
+        WHERE n.id > 0 AND NOT EXISTS (SELECT FROM dtm.position_log p WHERE p.id = n.id AND p.segment = written));
 BEGIN
-    IF segment = 1 THEN
-        missing := ARRAY(SELECT DISTINCT n.id FROM unnest(ids) AS n (id)
-                         WHERE n.id > 0 AND NOT EXISTS (SELECT FROM dtm.position_log_1 p WHERE p.id = n.id));
-        IF missing <> '{}' THEN
-            INSERT INTO dtm.position_log_1 SELECT * FROM dtm.position_log_2 p WHERE p.id = ANY (missing)
-            ON CONFLICT DO NOTHING;  -- another relay is at it, too
-        END IF;
-    ELSE
-        missing := ARRAY(SELECT DISTINCT n.id FROM unnest(ids) AS n (id)
-                         WHERE n.id > 0 AND NOT EXISTS (SELECT FROM dtm.position_log_2 p WHERE p.id = n.id));
-        IF missing <> '{}' THEN
-            INSERT INTO dtm.position_log_2 SELECT * FROM dtm.position_log_1 p WHERE p.id = ANY (missing)
-            ON CONFLICT DO NOTHING;
-        END IF;
+    IF missing = '{}' THEN
+        RETURN missing;
     END IF;
+    -- ON CONFLICT: another relay is at it, too.
+    INSERT INTO dtm.position_log_1 SELECT * FROM dtm.position_log_2 p WHERE p.id = ANY (missing) AND written = 1
+    ON CONFLICT DO NOTHING;
+    INSERT INTO dtm.position_log_2 SELECT * FROM dtm.position_log_1 p WHERE p.id = ANY (missing) AND written = 2
+    ON CONFLICT DO NOTHING;
     RETURN ARRAY(SELECT unnest(missing) EXCEPT SELECT p.id FROM dtm.position_log p WHERE p.id = ANY (missing));
 END
 $$;
@@ -309,21 +304,7 @@ $$;
 
 -- What a relay calls.
 
--- Where a subscription goes on. No row: it has no cursor, and must not be delivered.
-CREATE OR REPLACE FUNCTION dtm.relay_cursor(subscription bigint, shard int, epoch bigint)
-RETURNS TABLE ("position" text, target text, acked bigint)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-    SELECT p.body, t.body, c.acked
-    FROM (SELECT * FROM dtm.cursor_log l
-          WHERE l.subscription = relay_cursor.subscription AND l.shard = relay_cursor.shard AND l.epoch = relay_cursor.epoch
-          ORDER BY l.id DESC LIMIT 1) c
-    JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
-    LEFT JOIN dtm.position_log t ON t.id = c.target AND t.segment = c.segment
-    WHERE c.target IS NULL OR t.id IS NOT NULL;
-END;
-
--- The same with what is delivered beyond acked.
+-- Where a subscription goes on, and what is delivered beyond acked. No row: it has no cursor, and must not be delivered.
 CREATE FUNCTION dtm.relay_resume(subscription bigint, shard int, epoch bigint)
 RETURNS TABLE ("position" text, target text, acked bigint, ahead bigint[])
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
@@ -335,6 +316,15 @@ BEGIN ATOMIC
     JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
     LEFT JOIN dtm.position_log t ON t.id = c.target AND t.segment = c.segment
     WHERE c.target IS NULL OR t.id IS NOT NULL;
+END;
+
+-- The same for relays of version 0.1.
+CREATE OR REPLACE FUNCTION dtm.relay_cursor(subscription bigint, shard int, epoch bigint)
+RETURNS TABLE ("position" text, target text, acked bigint)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT r."position", r.target, r.acked
+    FROM dtm.relay_resume(relay_cursor.subscription, relay_cursor.shard, relay_cursor.epoch) r;
 END;
 
 -- Moves cursors, all in one statement. A position is a stored one's id, or -k for the k-th of the new ones. Refuses those
@@ -1157,8 +1147,7 @@ BEGIN
             END IF;
             EXECUTE format('TRUNCATE dtm.log_%s', old);
             RETURN 'emptied';
-        ELSIF retired[old] IS NULL AND dtm.is_needless(old)
-              AND EXISTS (SELECT FROM dtm.log_segments() s WHERE s.segment = old AND s.last_seq IS NOT NULL) THEN
+        ELSIF retired[old] IS NULL AND dtm.is_needless(old) THEN
             UPDATE dtm.rotation SET log_retired[old] = pg_current_xact_id()::text::bigint;
             RETURN 'retired';
         END IF;
@@ -1177,15 +1166,13 @@ BEGIN
 END
 $$;
 
--- Whether nothing in a segment of the log is wanted: by the retention time, or by a subscription.
+-- Whether there is something in a segment of the log, and nothing of it is wanted: by the retention time, or by a subscription.
 CREATE FUNCTION dtm.is_needless(segment int) RETURNS boolean
 LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-    SELECT last.last_seq IS NULL
-           OR last.last_at < clock_timestamp() - dtm.retention()
-              AND NOT EXISTS (SELECT FROM dtm.needs n WHERE n.low IS NULL OR n.low < last.last_seq)
-    FROM dtm.log_segments() last WHERE last.segment = is_needless.segment;
-END;
+RETURN EXISTS (
+    SELECT FROM dtm.log_segments() last
+    WHERE last.segment = is_needless.segment AND last.last_at < clock_timestamp() - dtm.retention()
+      AND NOT EXISTS (SELECT FROM dtm.needs n WHERE n.low IS NULL OR n.low < last.last_seq));
 
 -- Copies from a segment of control data to the other one what is the newest of its kind and is not there; answers how much.
 CREATE FUNCTION dtm.copy_control(source int, target int) RETURNS bigint

@@ -297,8 +297,8 @@ impl Drop for Cluster {
     }
 }
 
-/// Short, and readable by the servers' user.
-fn temporary_folder() -> TempDir {
+/// A temporary folder with a short path that is the servers' user's.
+pub fn temporary_folder() -> TempDir {
     let folder = tempfile::Builder::new().prefix("pg_dtm-").tempdir_in("/tmp").expect("a temporary folder");
     process::give_to_server(folder.path());
     folder

@@ -3,7 +3,7 @@
 
 use pgrx::prelude::*;
 
-use crate::log::state;
+use crate::log::{position, state};
 
 /// Transactions with a smaller id have ended for every snapshot that is held in this database, that of a dump, of a prepared
 /// transaction and of a standby that tells the primary of its own included.
@@ -11,14 +11,11 @@ use crate::log::state;
 fn horizon() -> i64 {
     let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
     // SAFETY: a table of this database stands for all of its ordinary tables; nothing is kept of what is answered.
-    let (next, oldest) = unsafe {
+    let oldest = unsafe {
         let table = pg_sys::table_open(state::get().delayed, lock);
-        let next = pg_sys::ReadNextFullTransactionId().value;
         let oldest = pg_sys::GetOldestNonRemovableTransactionId(table);
         pg_sys::table_close(table, lock);
-        (next, u64::from(oldest.into_inner()))
+        oldest
     };
-    // It lies less than half a turn of the 32-bit counter behind.
-    let distance = (next as u32).wrapping_sub(oldest as u32);
-    (next - u64::from(distance)) as i64
+    position::widen(oldest.into_inner()) as i64
 }

@@ -46,7 +46,7 @@ fn read(base: Option<&Position>, state: &State) -> Position {
 }
 
 /// Widens a transaction id that is running or was lately: it lies at most half the 32-bit circle behind the next one.
-fn widen(xid: u32) -> u64 {
+pub(super) fn widen(xid: u32) -> u64 {
     // SAFETY: looks at shared memory.
     let next = unsafe { pg_sys::ReadNextFullTransactionId() }.value;
     let candidate = (next & !0xffff_ffff) | u64::from(xid);

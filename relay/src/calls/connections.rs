@@ -54,6 +54,15 @@ impl Http1 {
         }
     }
 
+    /// Whether it can take the next request. One that the server has answered before it had read all of the request is not: the
+    /// rest would stand in the way.
+    fn is_idle(&mut self) -> bool {
+        if !self.sender.is_ready() {
+            self.poll(&mut Context::from_waker(Waker::noop()));
+        }
+        self.driven.is_some() && self.sender.is_ready()
+    }
+
     /// Waits until a request can be sent. If the connection has ended, that comes back.
     async fn ready(&mut self, until: Instant) {
         let ready = poll_fn(|context| {
@@ -177,25 +186,17 @@ impl Connections {
     }
 
     /// Keeps a connection of which nothing is awaited any more.
-    pub fn keep(self: &Arc<Self>, connection: Connection, now: Instant) {
-        let connection = match connection {
-            // A request that the server has answered before it had read all of it is not yet written: it would stand in the way
-            // of the next one.
-            Connection::Http1(mut http1) => {
-                if !http1.sender.is_ready() {
-                    http1.poll(&mut Context::from_waker(Waker::noop()));
-                }
-                Connection::Http1(http1)
-            }
-            other => other,
-        };
+    pub fn keep(self: &Arc<Self>, mut connection: Connection, now: Instant) {
+        if let Connection::Http1(http1) = &mut connection
+            && !http1.is_idle()
+        {
+            return;
+        }
         let mut kept = self.state();
         match connection {
-            Connection::Http1(http1) if http1.driven.is_some() && http1.sender.is_ready() => {
-                kept.http1.push((http1, now));
-            }
+            Connection::Http1(http1) => kept.http1.push((http1, now)),
             Connection::Http2(sender) if kept.http2.is_none() => kept.http2 = Some((sender, now)),
-            _ => return,
+            Connection::Http2(_) => return,
         }
         if !kept.swept {
             kept.swept = true;

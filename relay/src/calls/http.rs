@@ -28,7 +28,8 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 /// So many new connections are made for a call at the most, if they are closed before it could be sent.
 const ANEW_MAX: usize = 2;
 
-type Servers = HashMap<(Scheme, Authority), Weak<Connections>>;
+/// The servers that are called without TLS.
+type Servers = HashMap<Authority, Weak<Connections>>;
 
 /// The connections of the whole relay to all services that it calls.
 #[derive(Clone)]
@@ -37,7 +38,7 @@ pub struct HttpCaller {
     servers: Arc<Mutex<Servers>>,
 }
 
-/// What is called: a URI, over connections that are shared with all others at the same server.
+/// What is called: a URI, over connections that, without TLS, are shared with all others at the same server.
 pub struct Endpoint {
     connections: Arc<Connections>,
     uri: Uri,
@@ -89,21 +90,26 @@ impl HttpCaller {
             _ => HeaderValue::from_str(authority.host()),
         };
         let (Ok(host), Some(target)) = (host, parts.path_and_query) else { return Err(NotAbsolute(uri)) };
-        if scheme == Scheme::HTTPS {
-            // A server that speaks HTTP/2 takes a bounded number of calls over one connection: whoever lets them hang shall
-            // hold up nobody else's.
-            let connections = Arc::new(Connections::new(self.connector.clone(), uri.clone()));
-            return Ok(Endpoint { connections, target: Uri::from(target), uri, host });
-        }
+        // A server that speaks HTTP/2 takes a bounded number of calls over one connection: whoever lets them hang shall hold up
+        // nobody else's.
+        let connections =
+            if scheme == Scheme::HTTPS { self.connections(&uri) } else { self.shared(&uri, authority) };
+        Ok(Endpoint { connections, target: Uri::from(target), uri, host })
+    }
+
+    fn connections(&self, to: &Uri) -> Arc<Connections> {
+        Arc::new(Connections::new(self.connector.clone(), to.clone()))
+    }
+
+    /// Those that others at the same server have.
+    fn shared(&self, to: &Uri, server: Authority) -> Arc<Connections> {
         let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
         servers.retain(|_, connections| connections.strong_count() > 0);
-        let server = (scheme, authority);
-        let connections = servers.get(&server).and_then(Weak::upgrade).unwrap_or_else(|| {
-            let connections = Arc::new(Connections::new(self.connector.clone(), uri.clone()));
+        servers.get(&server).and_then(Weak::upgrade).unwrap_or_else(|| {
+            let connections = self.connections(to);
             servers.insert(server, Arc::downgrade(&connections));
             connections
-        });
-        Ok(Endpoint { connections, target: Uri::from(target), uri, host })
+        })
     }
 }
 

@@ -17,6 +17,7 @@ use super::batch::{self, Batch};
 use super::error::SourceError;
 use super::link::Link;
 use super::mark::Mark;
+use super::reminders::{Reminders, TELL_EVERY};
 use super::settlement::{self, Settlement};
 
 /// Between two statements at the least.
@@ -30,9 +31,6 @@ const HELD_UP: Duration = Duration::from_secs(1);
 
 /// A cursor that waits for somebody's transaction is told of after so long.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// A refusal that stays is told so often.
-const TELL_EVERY: Duration = Duration::from_secs(60);
 
 /// A move that says no more than "nothing for this subscription came by" may wait this long.
 const IDLE_EVERY: Duration = Duration::from_secs(1);
@@ -257,7 +255,7 @@ pub async fn follow(link: Link, cursors: Arc<Cursors>) -> Result<Infallible, Sou
     let encoding = "SELECT pg_catalog.current_setting('server_encoding')";
     let is_utf8 = link.query_one("asking for the encoding", encoding, &[]).await?.get::<_, &str>(0) == "UTF8";
     let store = Store { link, statement, is_utf8 };
-    let mut waits = Waits::default();
+    let mut waits = Reminders::after(PATIENCE);
     let mut told: Option<(SourceError, Instant)> = None;
     let mut told_broken: Option<Instant> = None;
     loop {
@@ -271,7 +269,7 @@ pub async fn follow(link: Link, cursors: Arc<Cursors>) -> Result<Infallible, Sou
             Ok(refused) => {
                 told = None;
                 complain(&refused.broken, &mut told_broken);
-                waits.tell(&refused.busy, begun);
+                waits.due(&refused.busy, begun).into_iter().for_each(tell_of_wait);
                 let again = begun + if refused.broken.is_empty() { EVERY } else { REFUSED };
                 cursors.ended(refused.not_stored, again);
                 tokio::time::sleep_until(begun + EVERY).await;
@@ -292,26 +290,14 @@ pub async fn follow(link: Link, cursors: Arc<Cursors>) -> Result<Infallible, Sou
     }
 }
 
-/// Subscriptions whose cursors wait for somebody's transaction, since when, and when that was told.
-#[derive(Default)]
-struct Waits(HashMap<i64, (Instant, Option<Instant>)>);
-
-impl Waits {
-    fn tell(&mut self, busy: &[i64], now: Instant) {
-        self.0.retain(|subscription, _| busy.contains(subscription));
-        for subscription in busy {
-            let (since, told) = self.0.entry(*subscription).or_insert((now, None));
-            if now >= *since + PATIENCE && told.is_none_or(|at| now >= at + TELL_EVERY) {
-                *told = Some(now);
-                let hint = "end it: what was delivered since comes again after a crash, and in the end nothing more is sent";
-                tracing::warn!(
-                    subscription,
-                    hint,
-                    "its cursor waits for a transaction that redrives, discards or rewinds"
-                );
-            }
-        }
-    }
+fn tell_of_wait(subscription: i64) {
+    let hint =
+        "end it: what was delivered since comes again after a crash, and in the end nothing more is sent";
+    tracing::warn!(
+        subscription,
+        hint,
+        "its cursor waits for a transaction that redrives, discards or rewinds"
+    );
 }
 
 /// What has to wait.

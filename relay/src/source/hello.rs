@@ -26,8 +26,7 @@ pub struct Greeting {
 /// Introduces the relay. A refusal says what is wrong and how to mend it.
 pub async fn hello(link: &Link, environment: &str) -> Result<Greeting, SourceError> {
     let version = check_extension(link).await?;
-    check_protocol(link).await?;
-    check_version(&version)?;
+    check_protocol(link, &version).await?;
     let what = "introducing the relay";
     let row = link.query_one(what, "SELECT * FROM dtm.relay_hello($1)", &[&environment]).await?;
     let eras: Vec<i32> = row.get("eras");
@@ -54,15 +53,16 @@ pub async fn check_extension(link: &Link) -> Result<String, SourceError> {
     }
 }
 
-/// Refuses an extension that does not speak the relay's protocol.
-pub async fn check_protocol(link: &Link) -> Result<(), SourceError> {
+/// Refuses an extension that does not speak the relay's protocol: by its library, or by the version of its SQL.
+pub async fn check_protocol(link: &Link, version: &str) -> Result<(), SourceError> {
     let sql = "SELECT least, greatest FROM dtm.protocol()";
     let row = link.query_one("asking for the protocol", sql, &[]).await?;
-    agree(row.get(0), row.get(1))
+    agree(row.get(0), row.get(1))?;
+    check_version(version)
 }
 
 /// Refuses an extension whose SQL is of an earlier version, whatever its library.
-pub fn check_version(version: &str) -> Result<(), SourceError> {
+fn check_version(version: &str) -> Result<(), SourceError> {
     let number = |version: &str| -> Vec<u64> {
         version.split('.').take(2).map(|part| part.parse().unwrap_or(0)).collect()
     };

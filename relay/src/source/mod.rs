@@ -15,6 +15,7 @@ pub mod mark;
 pub mod origin;
 pub mod pages;
 pub mod passfile;
+mod reminders;
 pub mod settings;
 pub mod settlement;
 pub mod tail;

@@ -1,22 +1,21 @@
 // SPDX-License-Identifier: PostgreSQL
 //! What keeps a database in shape: segments turn over, old ids and receipts are purged, and who lags too far behind is told of.
 
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior};
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{Row, Statement};
 
 use super::error::SourceError;
 use super::link::Link;
+use super::reminders::Reminders;
 
 /// Steps of one kind that are taken one after the other.
 const STEPS: usize = 16;
 /// Ids and receipts that one statement purges.
 const PURGE_ROWS: i32 = 10_000;
-/// A subscription that lags is told of so often.
-const TELL_EVERY: Duration = Duration::from_secs(60);
 
 /// How often, and how much.
 #[derive(Clone, Copy, Debug)]
@@ -36,15 +35,15 @@ pub async fn follow(link: Link, upkeep: Upkeep) -> Result<Infallible, SourceErro
     let lag = link.prepare("looking who lags behind", lag).await?;
     let mut rounds = tokio::time::interval(upkeep.every);
     rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut told = HashMap::new();
+    let mut reminders = Reminders::after(Duration::ZERO);
     loop {
         rounds.tick().await;
         match link.query("looking who lags behind", &lag, &[]).await {
-            Ok(rows) => complain(&rows, &mut told),
+            Ok(rows) => complain(&rows, &mut reminders),
             Err(error) => error.tolerate()?,
         }
-        rotate(&link, &log, None).await?;
-        rotate(&link, &control, Some(upkeep.control_bytes)).await?;
+        rotate(&link, "rotating the log", &log, &[]).await?;
+        rotate(&link, "rotating control data", &control, &[&upkeep.control_bytes]).await?;
         for _ in 0..STEPS {
             match link.query_one("purging", &purge, &[&PURGE_ROWS]).await {
                 Ok(row) if row.get::<_, i64>(0) >= i64::from(PURGE_ROWS) => {}
@@ -59,17 +58,15 @@ pub async fn follow(link: Link, upkeep: Upkeep) -> Result<Infallible, SourceErro
 }
 
 /// Goes on for as long as there is a step to take.
-async fn rotate(link: &Link, step: &Statement, bytes: Option<i64>) -> Result<(), SourceError> {
+async fn rotate(
+    link: &Link,
+    what: &'static str,
+    step: &Statement,
+    parameters: &[&(dyn ToSql + Sync)],
+) -> Result<(), SourceError> {
     for _ in 0..STEPS {
-        let answer = match &bytes {
-            Some(bytes) => link.query_one("rotating control data", step, &[bytes]).await,
-            None => link.query_one("rotating the log", step, &[]).await,
-        };
-        match answer.map(|row| row.get::<_, Option<String>>(0)) {
-            Ok(Some(done)) => tracing::debug!(
-                of = if bytes.is_some() { "control data" } else { "the log" },
-                "a segment is {done}"
-            ),
+        match link.query_one(what, step, parameters).await.map(|row| row.get::<_, Option<String>>(0)) {
+            Ok(Some(done)) => tracing::debug!("{what}: a segment is {done}"),
             Ok(None) => break,
             Err(error) => return error.tolerate(),
         }
@@ -77,30 +74,32 @@ async fn rotate(link: &Link, step: &Statement, bytes: Option<i64>) -> Result<(),
     Ok(())
 }
 
-fn complain(rows: &[Row], told: &mut HashMap<String, Instant>) {
-    let now = Instant::now();
-    told.retain(|name, _| rows.iter().any(|row| row.get::<_, &str>(0) == name));
-    for row in rows {
+fn complain(rows: &[Row], reminders: &mut Reminders<String>) {
+    let is_dropped = |row: &&Row| row.get::<_, Option<&str>>(4).is_some();
+    let (dropped, late): (Vec<&Row>, Vec<&Row>) = rows.iter().partition(is_dropped);
+    let lag = |row: &Row| (row.get::<_, Option<f64>>(2), row.get::<_, Option<i64>>(3));
+    for row in dropped {
+        let (name, lost) = (row.get::<_, &str>(0), row.get::<_, &str>(4));
+        let ((lag_seconds, lag_bytes), hint) = (lag(row), "dtm.rewind brings it back");
+        tracing::error!(
+            subscription = name,
+            lag_seconds,
+            lag_bytes,
+            hint,
+            "it lagged too far behind and is dropped: it has lost {lost}"
+        );
+    }
+    let names: Vec<String> = late.iter().map(|row| row.get(0)).collect();
+    let due = reminders.due(&names, Instant::now());
+    for row in late.into_iter().filter(|row| due.contains(&row.get(0))) {
         let (name, state) = (row.get::<_, &str>(0), row.get::<_, &str>(1));
-        let (lag_seconds, lag_bytes) = (row.get::<_, Option<f64>>(2), row.get::<_, Option<i64>>(3));
-        if let Some(lost) = row.get::<_, Option<&str>>(4) {
-            let hint = "dtm.rewind brings it back";
-            tracing::error!(
-                subscription = name,
-                lag_seconds,
-                lag_bytes,
-                hint,
-                "it lagged too far behind and is dropped: it has lost {lost}"
-            );
-        } else if told.get(name).is_none_or(|at| now >= *at + TELL_EVERY) {
-            told.insert(name.to_owned(), now);
-            tracing::warn!(
-                subscription = name,
-                state,
-                lag_seconds,
-                lag_bytes,
-                "it lags far behind, and the log is kept for it"
-            );
-        }
+        let (lag_seconds, lag_bytes) = lag(row);
+        tracing::warn!(
+            subscription = name,
+            state,
+            lag_seconds,
+            lag_bytes,
+            "it lags far behind, and the log is kept for it"
+        );
     }
 }

@@ -4,8 +4,8 @@
 use std::path::Path;
 use std::time::Duration;
 
-use dtm_tests::cluster::{Cluster, bin_dir, older_bin_dirs};
-use dtm_tests::process::{self, server_command};
+use dtm_tests::cluster::{Cluster, bin_dir, older_bin_dirs, temporary_folder};
+use dtm_tests::process::server_command;
 use dtm_tests::receiver::Receiver;
 use dtm_tests::relay::Relay;
 use tokio_postgres::Client;
@@ -36,8 +36,7 @@ fn logs(data: &Path) -> String {
 }
 
 async fn upgraded(old_bin: &Path) {
-    let folder = tempfile::Builder::new().prefix("pg_dtm-").tempdir_in("/tmp").expect("a folder");
-    process::give_to_server(folder.path());
+    let folder = temporary_folder();
     let (old_folder, new_folder) = (folder.path().join("old"), folder.path().join("new"));
     let receiver = Receiver::start().await;
     let mut old = Cluster::builder().bin(old_bin).preload().at(&old_folder).start().await;

@@ -4,7 +4,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
-use dtm_tests::cluster::{Builder, Cluster};
+use dtm_tests::cluster::{Builder, Cluster, temporary_folder};
 use dtm_tests::process;
 use dtm_tests::receiver::Receiver;
 use dtm_tests::relay::{self, Relay};
@@ -18,7 +18,7 @@ struct Certificates {
 
 impl Certificates {
     fn make() -> Certificates {
-        let folder = tempfile::Builder::new().prefix("pg_dtm-").tempdir_in("/tmp").expect("a folder");
+        let folder = temporary_folder();
         process::give_to_server(folder.path());
         std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).expect("chmod");
         let authority_key = KeyPair::generate().expect("a key");
@@ -146,7 +146,7 @@ async fn passwords_come_from_a_passfile_and_a_wrong_one_is_named_as_such() {
 async fn of_several_hosts_the_primary_is_taken_and_a_standby_alone_is_refused() {
     let primary = Cluster::builder().start().await;
     primary.create_database("shop").await;
-    let folder = tempfile::Builder::new().prefix("pg_dtm-").tempdir_in("/tmp").expect("a folder");
+    let folder = temporary_folder();
     let standby = Cluster::builder().start_standby(&primary, folder.path()).await;
     let (first, second) = (standby.port(), primary.port());
     let hosts = format!("postgres://postgres@127.0.0.1:1,127.0.0.1:{first},127.0.0.1:{second}/shop");

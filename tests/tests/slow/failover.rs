@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use dtm_tests::cluster::Cluster;
+use dtm_tests::cluster::{Cluster, temporary_folder};
 use dtm_tests::process;
 use dtm_tests::receiver::Receiver;
 use dtm_tests::relay::Relay;
@@ -35,7 +35,7 @@ impl Pair {
         let receiver = Receiver::start().await;
         let sql = "SELECT dtm.subscribe('load', 'load.*', $1, '{\"retry_base\": \"50ms\"}')";
         client.execute(sql, &[&receiver.url()]).await.expect("subscribe");
-        let folder = tempfile::Builder::new().prefix("pg_dtm-").tempdir_in("/tmp").expect("a folder");
+        let folder = temporary_folder();
         let standby = builder().start_standby(&primary, folder.path()).await;
         let (first, second) = (primary.port(), standby.port());
         let relay = Relay::start(&format!("postgres://postgres@127.0.0.1:{first},127.0.0.1:{second}/shop"));
@@ -47,6 +47,14 @@ impl Pair {
         let client = self.standby.connect("shop").await;
         client.execute("SELECT pg_promote()", &[]).await.expect("pg_promote");
         client
+    }
+}
+
+/// Ends what the old primary had prepared, by COMMIT or ROLLBACK.
+async fn end_prepared(client: &Client, how: &str) {
+    for row in client.query("SELECT gid FROM pg_prepared_xacts", &[]).await.expect("prepared") {
+        let gid: String = row.get(0);
+        client.batch_execute(&format!("{how} PREPARED '{gid}'")).await.expect("the end of a prepared one");
     }
 }
 
@@ -68,20 +76,14 @@ async fn nothing_is_lost_when_a_synchronous_standby_takes_over() {
     // The setting came along, and there is no standby any more.
     client.batch_execute("ALTER SYSTEM RESET synchronous_standby_names").await.expect("a setting");
     client.batch_execute("SELECT pg_reload_conf()").await.expect("a reload");
-    for row in client.query("SELECT gid FROM pg_prepared_xacts", &[]).await.expect("prepared") {
-        let gid: String = row.get(0);
-        client.batch_execute(&format!("COMMIT PREPARED '{gid}'")).await.expect("COMMIT PREPARED");
-    }
+    end_prepared(&client, "COMMIT").await;
     let first = load.abandon().await;
     let load = Load::start(&pair.standby, "shop", 4, HABITS);
     let more = pair.receiver.count() + 500;
     pair.receiver.wait_for(more).await;
     let mut ledger = load.stop().await;
     ledger.merge(first);
-    let complete = process::eventually(DEADLINE, || async {
-        (load::missing(&client, &pair.receiver.received()).await == 0).then_some(())
-    });
-    assert!(complete.await.is_some(), "{}", pair.relay.log());
+    load::wait_for_all(&client, &pair.receiver, DEADLINE).await;
     assert!(pair.relay.terminate().await.success());
     let (events, duplicates) = load::assert_all_arrived(&client, &ledger, &pair.receiver.received()).await;
     println!("{events} events, {duplicates} duplicates");
@@ -100,18 +102,12 @@ async fn all_that_a_standby_has_which_lagged_is_delivered_after_it_took_over() {
     let lost = load.abandon().await;
     pair.standby.start().await;
     let client = pair.promote().await;
-    for row in client.query("SELECT gid FROM pg_prepared_xacts", &[]).await.expect("prepared") {
-        let gid: String = row.get(0);
-        client.batch_execute(&format!("ROLLBACK PREPARED '{gid}'")).await.expect("ROLLBACK PREPARED");
-    }
+    end_prepared(&client, "ROLLBACK").await;
     let load = Load::start(&pair.standby, "shop", 4, HABITS);
     let more = pair.receiver.count() + 500;
     pair.receiver.wait_for(more).await;
     load.stop().await;
-    let complete = process::eventually(DEADLINE, || async {
-        (load::missing(&client, &pair.receiver.received()).await == 0).then_some(())
-    });
-    assert!(complete.await.is_some(), "{}", pair.relay.log());
+    load::wait_for_all(&client, &pair.receiver, DEADLINE).await;
     assert!(pair.relay.terminate().await.success());
     assert!(lost.committed_count() > 0, "the first primary did nothing");
 }

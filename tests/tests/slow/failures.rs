@@ -11,6 +11,7 @@ use dtm_tests::receiver::{Received, Receiver, Reply};
 use dtm_tests::relay::Relay;
 use tokio_postgres::Client;
 
+use crate::asking;
 use crate::numbered::{DEADLINE, arrived, number, publish, times, wait_for_all};
 
 /// A subscription of an endpoint that misbehaves.
@@ -34,19 +35,12 @@ impl Site {
     }
 
     async fn number(&self, sql: &str) -> i64 {
-        self.client.query_one(sql, &[]).await.expect(sql).get(0)
+        asking::number(&self.client, sql).await
     }
 
     /// Waits until a query answers a number.
     async fn wait(&self, sql: &str, expected: i64) {
-        let found =
-            process::eventually(DEADLINE, || async { (self.number(sql).await == expected).then_some(()) });
-        assert!(
-            found.await.is_some(),
-            "{sql}: {}, not {expected}\n{}",
-            self.number(sql).await,
-            self.relay.log()
-        );
+        asking::wait(&self.client, sql, |found| found == expected).await;
     }
 
     /// Nothing is parked and nothing is dead.

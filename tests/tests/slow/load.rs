@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use dtm_tests::cluster::Cluster;
 use dtm_tests::ledger::Ledger;
-use dtm_tests::receiver::Received;
+use dtm_tests::process;
+use dtm_tests::receiver::{Received, Receiver};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::task::JoinHandle;
@@ -267,27 +268,44 @@ pub async fn assert_all_arrived(client: &Client, ledger: &Ledger, received: &[Re
     (arrived, verdict.duplicates)
 }
 
-/// Panics unless each key's versions came first as 1, 2, 3 … up to the last. Answers how many events there were.
-pub async fn assert_versions(client: &Client, received: &[Received]) -> usize {
-    let mut seen = HashSet::new();
-    let mut versions: BTreeMap<&str, Vec<i32>> = BTreeMap::new();
+/// The versions of each key as they came first.
+pub fn versions(received: &[Received]) -> BTreeMap<String, Vec<i32>> {
+    let (mut seen, mut versions) = (HashSet::new(), BTreeMap::<String, Vec<i32>>::new());
     for request in received.iter().filter(|request| request.accepted) {
         if seen.insert(request.id()) {
             let version = str::from_utf8(&request.body).ok().and_then(|text| text.parse().ok());
-            versions.entry(request.header("ce-partitionkey")).or_default().push(version.expect("a version"));
+            let of_key = versions.entry(request.header("ce-partitionkey").to_owned()).or_default();
+            of_key.push(version.expect("a version"));
         }
     }
+    versions
+}
+
+/// Panics unless each key's versions came first as 1, 2, 3 … up to the last. Answers how many events there were.
+pub async fn assert_versions(client: &Client, received: &[Received]) -> usize {
+    let mut versions = versions(received);
+    let events = versions.values().map(Vec::len).sum();
     for row in client.query("SELECT name, version FROM aggregate", &[]).await.expect("aggregate") {
         let (name, last): (String, i32) = (row.get(0), row.get(1));
         let expected: Vec<i32> = (1..=last).collect();
-        assert_eq!(versions.remove(name.as_str()).unwrap_or_default(), expected, "versions of {name}");
+        assert_eq!(versions.remove(&name).unwrap_or_default(), expected, "versions of {name}");
     }
     assert!(versions.is_empty(), "unknown keys");
-    seen.len()
+    events
+}
+
+/// Waits until all of the log's events have been accepted.
+pub async fn wait_for_all(client: &Client, receiver: &Receiver, deadline: Duration) {
+    let complete = process::eventually(deadline, || async {
+        (missing(client, &receiver.received()).await == 0).then_some(())
+    });
+    if complete.await.is_none() {
+        panic!("{} are missing", missing(client, &receiver.received()).await);
+    }
 }
 
 /// How many of the log's events have not been accepted yet.
-pub async fn missing(client: &Client, received: &[Received]) -> usize {
+async fn missing(client: &Client, received: &[Received]) -> usize {
     let mut stored = stored(client).await;
     received.iter().filter(|request| request.accepted).for_each(|request| {
         stored.remove(request.id());

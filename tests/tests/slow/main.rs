@@ -2,6 +2,7 @@
 //! Tests that take long: crashes, outages, connections of all kinds, PgBouncer.
 
 mod administration;
+mod asking;
 mod commands;
 mod connections;
 mod failover;

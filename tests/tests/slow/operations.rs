@@ -10,6 +10,7 @@ use dtm_tests::relay::{self, Relay};
 use serde_json::{Value, json};
 use tokio_postgres::Client;
 
+use crate::asking;
 use crate::numbered::{DEADLINE, arrived, number, publish, times};
 
 /// What a command answered.
@@ -90,13 +91,11 @@ impl Site {
     }
 
     async fn number(&self, sql: &str) -> i64 {
-        self.client.query_one(sql, &[]).await.expect(sql).get(0)
+        asking::number(&self.client, sql).await
     }
 
     async fn wait(&self, sql: &str, expected: i64) {
-        let found =
-            process::eventually(DEADLINE, || async { (self.number(sql).await == expected).then_some(()) });
-        assert!(found.await.is_some(), "{sql}: {}, not {expected}", self.number(sql).await);
+        asking::wait(&self.client, sql, |found| found == expected).await;
     }
 
     /// Publishes until the refused event is a dead letter: whose fault it is, the others tell.

@@ -92,10 +92,7 @@ async fn killed_under(
         relay.restart();
     }
     let ledger = load.stop().await;
-    let complete = process::eventually(DEADLINE, || async {
-        (load::missing(&client, &receiver.received()).await == 0).then_some(())
-    });
-    assert!(complete.await.is_some(), "{} are missing", load::missing(&client, &receiver.received()).await);
+    load::wait_for_all(&client, &receiver, DEADLINE).await;
     if poison {
         assert_poison_is_parked(&client).await;
     }

@@ -15,6 +15,7 @@ use tokio_postgres::Client;
 
 use crate::load::{self, Habits, Load};
 use crate::numbered::DEADLINE;
+use crate::rotation::configured;
 
 const HABITS: Habits = Habits { asynchronous_one_in: 0, prepared_one_in: 0, pause: Duration::from_millis(2) };
 
@@ -34,11 +35,6 @@ async fn source() -> (Cluster, Client, Receiver) {
     (cluster, client, receiver)
 }
 
-fn configured(cluster: &Cluster, database: &str) -> String {
-    let url = cluster.url(database);
-    format!("upkeep_every = \"30ms\"\ncontrol_bytes = 65536\n[database.it]\nurl = \"{url}\"\n")
-}
-
 fn restore(cluster: &Cluster, database: &str, dump: &Path, is_custom: bool) {
     let (program, file) =
         if is_custom { ("pg_restore", "--exit-on-error") } else { ("psql", "-vON_ERROR_STOP=1") };
@@ -48,19 +44,6 @@ fn restore(cluster: &Cluster, database: &str, dump: &Path, is_custom: bool) {
         command.arg("-Xqf");
     }
     process::run(command.arg(dump));
-}
-
-/// The versions that came of each key, first arrivals, in their order.
-fn versions(received: &[Received]) -> BTreeMap<String, Vec<i32>> {
-    let mut versions: BTreeMap<String, Vec<i32>> = BTreeMap::new();
-    for request in received.iter().filter(|request| request.accepted) {
-        let version = str::from_utf8(&request.body).expect("UTF-8").parse().expect("a version");
-        let of_key = versions.entry(request.header("ce-partitionkey").to_owned()).or_default();
-        if !of_key.contains(&version) {
-            of_key.push(version);
-        }
-    }
-    versions
 }
 
 /// Sends what the restored database delivers elsewhere, publishes there, and holds what arrives against its aggregates.
@@ -81,13 +64,13 @@ async fn assert_goes_on(cluster: &Cluster, database: &str) {
     let expected: BTreeMap<String, i32> =
         dumped.iter().map(|row| (row.get(0), row.get::<_, i32>(1) + 2)).collect();
     let is_last = |received: &[Received]| {
-        let versions = versions(received);
+        let versions = load::versions(received);
         expected.iter().all(|(name, last)| versions.get(name).is_some_and(|of_key| of_key.contains(last)))
     };
     receiver.wait_until("the last of each key", DEADLINE, is_last).await;
     assert!(relay.terminate().await.success());
     let mut undelivered = 0;
-    for (name, of_key) in versions(&receiver.received()) {
+    for (name, of_key) in load::versions(&receiver.received()) {
         let (first, last) = (of_key[0], expected[&name]);
         assert_eq!(of_key, (first..=last).collect::<Vec<_>>(), "versions of {name}");
         undelivered += (last - 1 - first).max(0);

@@ -5,7 +5,6 @@
 use std::time::Duration;
 
 use dtm_tests::cluster::Cluster;
-use dtm_tests::process;
 use dtm_tests::receiver::{Received, Receiver, Reply};
 use dtm_tests::relay::Relay;
 use rand::rngs::StdRng;
@@ -55,10 +54,7 @@ async fn survives(preload: bool, habits: Habits, refused_one_in: usize, seed: u6
     let ledger = load.stop().await;
     assert!(survivors > 0, "no crash met a prepared transaction");
     let client = cluster.connect("shop").await;
-    let complete = process::eventually(DEADLINE, || async {
-        (load::missing(&client, &receiver.received()).await == 0).then_some(())
-    });
-    assert!(complete.await.is_some(), "{} are missing", load::missing(&client, &receiver.received()).await);
+    load::wait_for_all(&client, &receiver, DEADLINE).await;
     assert!(relay.terminate().await.success());
     let (events, duplicates) = load::assert_all_arrived(&client, &ledger, &receiver.received()).await;
     let unknown = ledger.unknown.iter().flatten().count();

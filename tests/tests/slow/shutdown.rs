@@ -9,6 +9,7 @@ use dtm_tests::receiver::{Received, Receiver, Reply};
 use dtm_tests::relay::Relay;
 use tokio_postgres::Client;
 
+use crate::asking;
 use crate::numbered::{DEADLINE, arrived, number, publish, subscribe, times, wait_for_all};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -95,12 +96,7 @@ async fn sigterm_while_the_database_is_away_ends_at_once_and_with_1_if_something
         subscribe(&client, "s", "t", &receiver).await;
         publish(&client, "t", 1, 5).await;
         wait_for_all(&receiver, 5).await;
-        let stored = process::eventually(DEADLINE, || async {
-            let sql = "SELECT lag_events FROM dtm.subscriptions";
-            let lag: i64 = client.query_one(sql, &[]).await.expect("lag").get(0);
-            (lag == 0).then_some(())
-        });
-        stored.await.expect("the cursor is stored");
+        asking::wait(&client, "SELECT lag_events FROM dtm.subscriptions", |lag| lag == 0).await;
     }
     cluster.stop().await;
     relay.wait_for_log("database away").await;
@@ -169,24 +165,15 @@ async fn a_user_at_work_on_one_subscription_holds_up_no_other_and_no_other_relay
     user.batch_execute(work).await.expect("a user at work");
     publish(&client, "t", 1, 20).await;
     let stored = async || {
-        process::eventually(DEADLINE, || async {
-            let sql = "SELECT lag_events FROM dtm.subscriptions WHERE name = 'good'";
-            let lag: i64 = client.query_one(sql, &[]).await.expect("lag").get(0);
-            (lag == 0).then_some(())
-        })
-        .await
-        .expect("the cursor of the other is stored")
+        asking::wait(&client, "SELECT lag_events FROM dtm.subscriptions WHERE name = 'good'", |lag| lag == 0)
+            .await;
     };
     stored().await;
     let stopping = Instant::now();
     let code = relay.terminate().await.code();
     assert!(stopping.elapsed() < DEADLINE, "it waited for the user");
     let owned = "SELECT count(*) FROM dtm.owners WHERE alive";
-    assert_eq!(
-        client.query_one(owned, &[]).await.expect("owners").get::<_, i64>(0),
-        0,
-        "leases are given up"
-    );
+    assert_eq!(asking::number(&client, owned).await, 0, "leases are given up");
     assert_eq!(code, Some(1), "what the user holds up is not stored");
     relay.restart();
     publish(&client, "t", 21, 30).await;

@@ -87,12 +87,7 @@ impl Site {
 
     /// Waits until everything that the writers have committed has arrived. Answers how many events came again.
     async fn settle(&self, ledger: &Ledger, receiver: &Receiver) -> usize {
-        let complete = process::eventually(DEADLINE, || async {
-            (load::missing(&self.client, &receiver.received()).await == 0).then_some(())
-        });
-        if complete.await.is_none() {
-            panic!("{} are missing", load::missing(&self.client, &receiver.received()).await);
-        }
+        load::wait_for_all(&self.client, receiver, DEADLINE).await;
         let (events, duplicates) = load::assert_all_arrived(&self.client, ledger, &receiver.received()).await;
         println!("{events} events, {duplicates} came again");
         duplicates
