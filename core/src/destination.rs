@@ -5,17 +5,27 @@ use std::fmt;
 
 use http::Uri;
 
+use crate::names::is_name;
+use crate::topic_template::TopicTemplate;
+
 /// The longest destination, in bytes.
 pub const DESTINATION_BYTES_MAX: usize = 2_048;
 
 /// Schemes that there is a sink for.
-pub const SCHEMES: [&str; 2] = ["http", "https"];
+pub const SCHEMES: [&str; 3] = ["http", "https", "kafka"];
 
 /// A destination that was checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Destination {
     /// An HTTP endpoint: each event is a POST to this absolute URI.
     Http(Uri),
+    /// A Kafka cluster by its name in the relay's configuration, and the topic of each record.
+    Kafka {
+        /// `[kafka.NAME]`.
+        cluster: String,
+        /// See there.
+        topic: TopicTemplate,
+    },
 }
 
 /// What is wrong with a destination; the text is a full sentence without its stop.
@@ -36,6 +46,9 @@ pub enum DestinationError {
     /// A scheme that this version has no sink for.
     #[error("there is no sink for the scheme {0:?}")]
     Scheme(String),
+    /// Not `kafka://CLUSTER/TOPIC`.
+    #[error("it is not kafka://CLUSTER/TOPIC: {0}")]
+    Kafka(&'static str),
 }
 
 impl Destination {
@@ -61,6 +74,9 @@ impl Destination {
         if text.contains('#') {
             return Err(DestinationError::Fragment);
         }
+        if scheme == "kafka" {
+            return kafka(rest);
+        }
         let uri: Uri = text.parse().map_err(|_| DestinationError::Malformed)?;
         let has_host = uri.host().is_some_and(|host| !host.is_empty());
         let port_ok =
@@ -72,10 +88,26 @@ impl Destination {
     }
 }
 
+/// The rest of `kafka://CLUSTER/TOPIC`.
+fn kafka(rest: &str) -> Result<Destination, DestinationError> {
+    let why = |why| Err(DestinationError::Kafka(why));
+    let Some((cluster, topic)) = rest.split_once('/') else { return why("there is no topic") };
+    if !is_name(cluster) {
+        return why("a cluster's name has 1 to 64 letters, digits, _, - and .");
+    }
+    match TopicTemplate::parse(topic) {
+        Some(topic) => Ok(Destination::Kafka { cluster: cluster.to_owned(), topic }),
+        None => {
+            why("a topic has 1 to 249 letters, digits, ., _ and -, and may have {topic} or {first} in it")
+        }
+    }
+}
+
 impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Destination::Http(uri) => uri.fmt(f),
+            Destination::Kafka { cluster, topic } => write!(f, "kafka://{cluster}/{topic}"),
         }
     }
 }
@@ -97,6 +129,22 @@ mod tests {
     }
 
     #[test]
+    fn kafka_destinations_name_a_cluster_and_a_topic() {
+        for good in ["kafka://main/orders", "kafka://main/{topic}", "kafka://eu-1/outbox.event.{first}"] {
+            assert_eq!(Destination::parse(good).unwrap().to_string(), good);
+        }
+        for bad in [
+            "kafka:///orders",
+            "kafka://main/",
+            "kafka://main/a/b",
+            "kafka://main/a?b=c",
+            "kafka://main/{key}",
+        ] {
+            assert!(matches!(Destination::parse(bad), Err(DestinationError::Kafka(_))), "{bad}");
+        }
+    }
+
+    #[test]
     fn a_wrong_destination_says_what_is_wrong() {
         use DestinationError as E;
         let long = format!("http://host/{}", "x".repeat(2_048));
@@ -110,7 +158,9 @@ mod tests {
             ("http://user:secret@host/", E::Credentials),
             ("kafka://user@main/orders", E::Credentials),
             ("http://host/#top", E::Fragment),
-            ("kafka://main/orders", E::Scheme("kafka".into())),
+            ("amqp://main/orders", E::Scheme("amqp".into())),
+            ("kafka://main", E::Kafka("there is no topic")),
+            ("kafka://ma:in/orders", E::Kafka("a cluster's name has 1 to 64 letters, digits, _, - and .")),
             ("ftp://host/", E::Scheme("ftp".into())),
             (&long, E::TooLong),
         ] {

@@ -8,11 +8,13 @@
 pub mod destination;
 pub mod duration;
 pub mod headers;
+pub mod names;
 pub mod options;
 pub mod page;
 pub mod position;
 pub mod shard;
 pub mod topic;
+pub mod topic_template;
 pub mod window;
 
 /// The protocol that this build speaks between relay and extension: the SQL functions that the relay calls, the page

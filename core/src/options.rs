@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use crate::destination::Destination;
 use crate::duration;
 use crate::headers::{check_subscription_name, check_value};
+use crate::names::is_name;
 
 /// In which order a subscription's events go out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +47,26 @@ pub enum OnLag {
     Drop,
 }
 
+/// In which form an event becomes a Kafka record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// CloudEvents' Kafka binding, binary content mode: attributes are headers, the value is the payload as it is.
+    Binary,
+    /// The same, structured content mode: the value is the event in CloudEvents' JSON format.
+    Structured,
+    /// The layout of Debezium's outbox event router: the header `id`, and the value is the payload as it is.
+    Debezium,
+}
+
+/// How often an event reaches Kafka.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guarantee {
+    /// At least once.
+    AtLeastOnce,
+    /// Once, for consumers that read what is committed.
+    ExactlyOnce,
+}
+
 /// When a failed attempt is followed by another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Retry {
@@ -75,7 +97,7 @@ pub enum HeaderSource {
 pub struct Options {
     /// How long one attempt may take, connecting included.
     pub timeout: Duration,
-    /// How many requests may be on their way at once.
+    /// How many events may be on their way at once.
     pub max_in_flight: u32,
     /// In which order events go out.
     pub ordering: Ordering,
@@ -97,6 +119,10 @@ pub struct Options {
     pub max_lag: Duration,
     /// How many bytes of the log it may not have had.
     pub max_lag_bytes: Option<u64>,
+    /// In which form an event becomes a Kafka record.
+    pub format: Format,
+    /// How often an event reaches Kafka.
+    pub delivery: Guarantee,
 }
 
 impl Default for Options {
@@ -118,18 +144,29 @@ impl Default for Options {
             on_lag: OnLag::Keep,
             max_lag: Duration::from_secs(86_400),
             max_lag_bytes: None,
+            format: Format::Binary,
+            delivery: Guarantee::AtLeastOnce,
         }
     }
 }
 
 /// Every option with what it takes, for hints.
-pub const OPTIONS: &str = "timeout (duration, above 0, at most 1h), max_in_flight (1 to 1024), \
+pub const OPTIONS: &str = "timeout (duration, above 0, at most 1h; not for kafka), \
+    max_in_flight (1 to 1024, for kafka to 100000), \
     ordering (\"key\" or \"none\"), rate_limit (requests a second, 0.001 to 1000000), retry_base (duration, above 0), \
     retry_cap (duration, at least retry_base), retry_attempts (1 to 100), \
     retry_schedule (1 to 99 durations, instead of the three before), on_dead (\"continue\" or \"block\"), \
     shards (1 to 64), headers (an object of strings; \"secret:NAME\" is looked up by the relay), \
     on_restore (\"pause\" or \"continue\"), on_lag (\"keep\" or \"drop\"), max_lag (duration, above 0), \
-    max_lag_bytes (1 to 1 PiB)";
+    max_lag_bytes (1 to 1 PiB), and for kafka format (\"binary\", \"structured\" or \"debezium\") and \
+    delivery (\"at-least-once\" or \"exactly-once\")";
+
+/// The most calls that an HTTP endpoint gets at once.
+const HTTP_IN_FLIGHT_MAX: u32 = 1_024;
+/// The most records that are handed to Kafka's client before the first is acknowledged.
+const KAFKA_IN_FLIGHT_MAX: u32 = 100_000;
+/// So many unless it is said.
+const KAFKA_IN_FLIGHT: u32 = 20_000;
 
 /// The most headers that a subscription may add.
 const HEADERS_MAX: usize = 32;
@@ -167,9 +204,55 @@ pub enum OptionError {
         /// The value that was given, as JSON.
         value: String,
     },
+    /// Options that do not go together, or not with the destination.
+    #[error("option {option:?} does not go with {with}")]
+    Mismatch {
+        /// The option's name.
+        option: &'static str,
+        /// What it does not go with.
+        with: &'static str,
+    },
 }
 
 impl Options {
+    /// Reads options from JSON as [`Options::from_json`] does, and checks that they go with the destination.
+    pub fn for_destination(json: &Value, destination: &Destination) -> Result<Self, OptionError> {
+        let mut options = Options::from_json(json)?;
+        let is_given = |name: &str| json.get(name).is_some();
+        let mismatch = |option, with| Err(OptionError::Mismatch { option, with });
+        let is_once = options.delivery == Guarantee::ExactlyOnce;
+        match destination {
+            Destination::Http(_) => {
+                if let Some(option) = ["format", "delivery"].into_iter().find(|name| is_given(name)) {
+                    return mismatch(option, "an HTTP destination");
+                }
+                if options.max_in_flight > HTTP_IN_FLIGHT_MAX {
+                    return Err(bad("max_in_flight", &json["max_in_flight"]));
+                }
+            }
+            Destination::Kafka { .. } => {
+                if is_given("timeout") {
+                    return mismatch(
+                        "timeout",
+                        "a Kafka destination: a record waits until its cluster is back",
+                    );
+                }
+                if !is_given("max_in_flight") {
+                    options.max_in_flight = KAFKA_IN_FLIGHT;
+                }
+                if is_once && options.on_dead == OnDead::Block {
+                    return mismatch("on_dead", "\"delivery\": \"exactly-once\"");
+                }
+                let given =
+                    ["rate_limit", "ordering", "max_in_flight"].into_iter().find(|name| is_given(name));
+                if let Some(option) = given.filter(|_| is_once) {
+                    return mismatch(option, "\"delivery\": \"exactly-once\"");
+                }
+            }
+        }
+        Ok(options)
+    }
+
     /// Reads options from JSON. Unknown names and values out of bounds are errors; what is absent has its default.
     pub fn from_json(json: &Value) -> Result<Self, OptionError> {
         let object = json.as_object().ok_or(OptionError::NotAnObject)?;
@@ -187,7 +270,7 @@ impl Options {
     fn set(&mut self, name: &str, value: &Value) -> Option<bool> {
         match name {
             "timeout" => self.timeout = positive(value).filter(|t| *t <= Duration::from_secs(3_600))?,
-            "max_in_flight" => self.max_in_flight = whole(value, 1_024)?,
+            "max_in_flight" => self.max_in_flight = whole(value, KAFKA_IN_FLIGHT_MAX)?,
             "ordering" => self.ordering = one_of(value, &[("key", Ordering::Key), ("none", Ordering::None)])?,
             "rate_limit" => {
                 self.rate_limit = Some(value.as_f64().filter(|rate| (0.001..=1e6).contains(rate))?);
@@ -205,6 +288,19 @@ impl Options {
             "max_lag" => self.max_lag = positive(value)?,
             "max_lag_bytes" => {
                 self.max_lag_bytes = Some(value.as_u64().filter(|n| (1..=LAG_BYTES_MAX).contains(n))?);
+            }
+            "format" => {
+                let known = [
+                    ("binary", Format::Binary),
+                    ("structured", Format::Structured),
+                    ("debezium", Format::Debezium),
+                ];
+                self.format = one_of(value, &known)?;
+            }
+            "delivery" => {
+                let known =
+                    [("at-least-once", Guarantee::AtLeastOnce), ("exactly-once", Guarantee::ExactlyOnce)];
+                self.delivery = one_of(value, &known)?;
             }
             "retry_base" | "retry_cap" | "retry_attempts" | "retry_schedule" => {}
             _ => return Some(false),
@@ -267,7 +363,7 @@ fn headers(value: &Value) -> Option<BTreeMap<String, HeaderSource>> {
     for (name, value) in object {
         let text = value.as_str().filter(|text| check_value(text).is_ok())?;
         let source = match text.strip_prefix("secret:") {
-            Some(secret) => HeaderSource::Secret(is_secret_name(secret).then(|| secret.to_owned())?),
+            Some(secret) => HeaderSource::Secret(is_name(secret).then(|| secret.to_owned())?),
             None => HeaderSource::Text(text.to_owned()),
         };
         let lower = name.to_ascii_lowercase();
@@ -282,12 +378,6 @@ fn headers(value: &Value) -> Option<BTreeMap<String, HeaderSource>> {
         }
     }
     Some(found)
-}
-
-/// Whether a text can name a secret: 1 to 64 letters, digits, `_`, `-` and `.`.
-pub fn is_secret_name(name: &str) -> bool {
-    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
-    (1..=64).contains(&name.len()) && name.bytes().all(allowed)
 }
 
 #[cfg(test)]
@@ -316,6 +406,28 @@ mod tests {
         assert_eq!((options.rate_limit, options.on_dead, options.shards), (Some(0.5), OnDead::Block, 8));
         let listed = Options::from_json(&json!({"retry_schedule": [0, "5s", "1h"]})).unwrap().retry;
         assert_eq!(listed, Retry::Schedule([0, 5, 3_600].map(Duration::from_secs).into()));
+    }
+
+    #[test]
+    fn options_have_to_go_with_the_destination() {
+        let http = Destination::parse("http://host/").unwrap();
+        let kafka = Destination::parse("kafka://main/orders").unwrap();
+        let read = |json: Value, to: &Destination| Options::for_destination(&json, to);
+        assert_eq!(read(json!({}), &http).unwrap().max_in_flight, 32);
+        assert_eq!(read(json!({}), &kafka).unwrap().max_in_flight, KAFKA_IN_FLIGHT);
+        assert!(read(json!({"max_in_flight": 1_025}), &http).is_err());
+        assert_eq!(read(json!({"max_in_flight": 1_025}), &kafka).unwrap().max_in_flight, 1_025);
+        assert!(read(json!({"format": "binary"}), &http).is_err());
+        assert!(read(json!({"timeout": 1}), &kafka).is_err());
+        let once = |more: Value| {
+            let mut json = json!({"delivery": "exactly-once"});
+            json.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            read(json, &kafka)
+        };
+        assert_eq!(once(json!({"format": "debezium"})).unwrap().delivery, Guarantee::ExactlyOnce);
+        for bad in [json!({"on_dead": "block"}), json!({"rate_limit": 5}), json!({"max_in_flight": 1})] {
+            assert!(matches!(once(bad.clone()), Err(OptionError::Mismatch { .. })), "{bad}");
+        }
     }
 
     #[test]
@@ -353,7 +465,9 @@ mod tests {
             json!({"timeout": "2h"}),
             json!({"max_in_flight": 0}),
             json!({"max_in_flight": 1.5}),
-            json!({"max_in_flight": 1025}),
+            json!({"max_in_flight": 100_001}),
+            json!({"format": "avro"}),
+            json!({"delivery": "at-most-once"}),
             json!({"ordering": "fifo"}),
             json!({"rate_limit": 0}),
             json!({"rate_limit": "many"}),

@@ -21,8 +21,8 @@ fn check_subscription(
 ) -> Result<(), ErrorReport> {
     check_name(name)?;
     check_topics(topics)?;
-    check_destination(destination)?;
-    check_options(options)?;
+    let destination = check_destination(destination)?;
+    check_options(options, &destination)?;
     Ok(())
 }
 
@@ -66,9 +66,12 @@ fn check_topics(topics: Option<Vec<Option<String>>>) -> Result<(), Refusal> {
     topics.iter().try_for_each(|topic| parse_pattern(topic.as_deref()).map(drop))
 }
 
-fn check_destination(destination: Option<&str>) -> Result<(), Refusal> {
+fn check_destination(destination: Option<&str>) -> Result<Destination, Refusal> {
     let text = destination.unwrap_or_default();
-    let Err(error) = Destination::parse(text) else { return Ok(()) };
+    let error = match Destination::parse(text) {
+        Ok(destination) => return Ok(destination),
+        Err(error) => error,
+    };
     // One that may have credentials in it, well-formed or not, is not repeated: error messages are logged.
     let shown = if text.contains('@') { String::new() } else { format!(" {}", shown(destination)) };
     let detail = format!("The destination{shown}: {error}.");
@@ -90,7 +93,7 @@ fn check_destination(destination: Option<&str>) -> Result<(), Refusal> {
         _ => Err(Refusal::argument(
             "malformed destination",
             detail,
-            "Pass a URI such as https://billing.internal/events.",
+            "Pass a URI such as https://billing.internal/events or kafka://main/orders.",
         )),
     }
 }
@@ -106,9 +109,9 @@ fn lag_policy(
     TableIterator::once((options.on_lag == OnLag::Drop, options.max_lag.as_secs_f64(), bytes))
 }
 
-fn check_options(options: Option<pgrx::JsonB>) -> Result<(), Refusal> {
+fn check_options(options: Option<pgrx::JsonB>, destination: &Destination) -> Result<(), Refusal> {
     let json = options.map_or(serde_json::Value::Null, |options| options.0);
-    Options::from_json(&json).map(|_| ()).map_err(|error| {
+    Options::for_destination(&json, destination).map(|_| ()).map_err(|error| {
         Refusal::argument(
             "wrong options of a subscription",
             format!("{error}."),

@@ -6,9 +6,8 @@ use std::process::ExitCode;
 use dtm_core::destination::Destination;
 use dtm_core::options::Options;
 
-use crate::calls::secrets::Secrets;
 use crate::config::{Config, Database};
-use crate::sink::http;
+use crate::sink::{Outlets, Sink, SinkError};
 use crate::source::connect::Connector;
 use crate::source::error::SourceError;
 use crate::source::inspect::{self, Cursor, Stored};
@@ -41,6 +40,19 @@ impl Findings {
     fn failed(&mut self, error: &SourceError) {
         self.wrong(&error.to_string(), error.hint());
     }
+
+    fn sum(&self) -> ExitCode {
+        match self.problems {
+            0 => {
+                println!("nothing is wrong");
+                ExitCode::SUCCESS
+            }
+            n => {
+                println!("{n} problem(s)");
+                ExitCode::FAILURE
+            }
+        }
+    }
 }
 
 /// Checks every database that is configured. Fails if something is wrong; the configuration itself was read before.
@@ -48,26 +60,30 @@ pub async fn run(config: &Config) -> ExitCode {
     let mut findings = Findings::default();
     println!("configuration");
     findings.good(&format!("environment {:?}, {} database(s)", config.environment, config.databases.len()));
+    let outlets = match config.outlets() {
+        Ok(outlets) => outlets,
+        Err(error) => {
+            findings.wrong(&error.to_string(), Some("give ca_file a file of certificates in PEM form"));
+            return findings.sum();
+        }
+    };
+    clusters(&outlets, &mut findings).await;
     for database in &config.databases {
         println!("{}: {}", database.name, database.settings.describe());
-        if let Err(error) = check(config, database, &mut findings).await {
+        if let Err(error) = check(config, &outlets, database, &mut findings).await {
             findings.failed(&error);
         }
     }
-    match findings.problems {
-        0 => {
-            println!("nothing is wrong");
-            ExitCode::SUCCESS
-        }
-        n => {
-            println!("{n} problem(s)");
-            ExitCode::FAILURE
-        }
-    }
+    findings.sum()
 }
 
 /// An error is one that leaves nothing more to check.
-async fn check(config: &Config, database: &Database, findings: &mut Findings) -> Result<(), SourceError> {
+async fn check(
+    config: &Config,
+    outlets: &Outlets,
+    database: &Database,
+    findings: &mut Findings,
+) -> Result<(), SourceError> {
     let connector = Connector::new(database.settings.clone(), config.statement_timeout)?;
     let link = match connector.connect().await {
         Ok(link) => link,
@@ -109,14 +125,14 @@ async fn check(config: &Config, database: &Database, findings: &mut Findings) ->
     if !greeting.preloaded {
         findings.note("commits do not wake the relay, it polls: shared_preload_libraries has no pg_dtm");
     }
-    subscriptions(&stored, &config.secrets, findings);
+    subscriptions(&stored, outlets, &greeting.source, findings).await;
     Ok(())
 }
 
-fn subscriptions(stored: &[Stored], secrets: &Secrets, findings: &mut Findings) {
+async fn subscriptions(stored: &[Stored], outlets: &Outlets, source: &str, findings: &mut Findings) {
     for subscription in stored {
         let name = &subscription.name;
-        if let Err((problem, mend)) = deliverable(subscription, secrets) {
+        if let Err((problem, mend)) = deliverable(subscription, outlets, source).await {
             findings.wrong(&format!("subscription {name:?}: {problem}"), Some(mend));
         } else if let Some(problem) = misplaced(subscription.cursor) {
             let mend = "call dtm.rewind with its name and 'now', 'earliest' or a time";
@@ -134,15 +150,49 @@ fn subscriptions(stored: &[Stored], secrets: &Secrets, findings: &mut Findings) 
 }
 
 /// Why a relay with this configuration cannot deliver a subscription, and how to mend it.
-fn deliverable(subscription: &Stored, secrets: &Secrets) -> Result<(), (String, &'static str)> {
+async fn deliverable(
+    subscription: &Stored,
+    outlets: &Outlets,
+    source: &str,
+) -> Result<(), (String, &'static str)> {
     let stored = "call dtm.subscribe again with its name, or use a newer relay";
-    Destination::parse(&subscription.destination)
+    let destination = Destination::parse(&subscription.destination)
         .map_err(|error| (format!("its destination: {error}"), stored))?;
-    let options = Options::from_json(&subscription.options)
+    let options = Options::for_destination(&subscription.options, &destination)
         .map_err(|error| (format!("its options: {error}"), stored))?;
-    let secret = "give that secret an env or a file in the configuration of every relay";
-    http::headers(&options, secrets).map_err(|error| (error.to_string(), secret))?;
+    let topic = match &destination {
+        Destination::Kafka { topic, .. } => topic.fixed().map(str::to_owned),
+        Destination::Http(_) => None,
+    };
+    let mend = |error: &SinkError| match error {
+        SinkError::NoCluster(_) => "describe that cluster in the configuration of every relay",
+        SinkError::Header(_) => "give that secret an env or a file in the configuration of every relay",
+        SinkError::Uri(_) | SinkError::Source(_) => stored,
+    };
+    let sink = Sink::new(outlets, destination, &options, source)
+        .map_err(|error| (error.to_string(), mend(&error)))?;
+    if let (Sink::Kafka(sink), Some(topic)) = (sink, topic) {
+        let known = sink.cluster().topics().clone().look(topic).await;
+        let mend = "make the topic, or let the relay's user describe it and write to it";
+        known.map_err(|why| (format!("kafka.{}: {why}", sink.cluster().name()), mend))?;
+    }
     Ok(())
+}
+
+/// Whether each Kafka cluster answers.
+async fn clusters(outlets: &Outlets, findings: &mut Findings) {
+    for (name, cluster) in outlets.kafka.iter() {
+        println!("kafka.{name}: {}", cluster.settings().servers());
+        let topics = cluster.topics().clone();
+        match tokio::task::spawn_blocking(move || topics.brokers()).await {
+            Ok(Ok(brokers)) => findings.good(&format!("the cluster answers; it has {brokers} broker(s)")),
+            Ok(Err(error)) => findings.wrong(
+                &format!("the cluster does not answer: {error}"),
+                Some("see that its bootstrap.servers listen, and that security.protocol, sasl.* and ssl.* are right"),
+            ),
+            Err(error) => findings.wrong(&error.to_string(), None),
+        }
+    }
 }
 
 /// Why a subscription cannot go on from its cursor.

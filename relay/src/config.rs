@@ -8,16 +8,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dtm_core::duration;
-use dtm_core::options::is_secret_name;
+use dtm_core::names::is_name;
 use figment::Figment;
 use figment::error::Kind;
 use figment::providers::{Env, Format as _, Serialized, Toml};
+use figment::value::Dict;
 use serde::Deserialize;
 use serde::de::{Deserializer, Visitor};
 
+use crate::calls::http::HttpCaller;
 use crate::calls::secrets::{SecretTable, Secrets};
+use crate::calls::tls::TlsError;
+use crate::kafka::cluster::Cluster;
+use crate::kafka::settings::ClusterSettings;
 use crate::pipeline::flow::ParkingBounds;
 use crate::pipeline::run::Bounds;
+use crate::sink::Outlets;
 use crate::source::settings::{Settings, ThisMachine};
 use crate::source::upkeep::Upkeep;
 
@@ -83,6 +89,7 @@ struct File {
     threads: usize,
     ca_file: Option<PathBuf>,
     secret: BTreeMap<String, SecretTable>,
+    kafka: BTreeMap<String, Dict>,
     database: BTreeMap<String, DatabaseTable>,
 }
 
@@ -118,6 +125,7 @@ impl Default for File {
             threads: 2,
             ca_file: None,
             secret: BTreeMap::new(),
+            kafka: BTreeMap::new(),
             database: BTreeMap::new(),
         }
     }
@@ -195,6 +203,8 @@ pub struct Config {
     pub ca_file: Option<PathBuf>,
     /// What subscriptions name by `secret:NAME`.
     pub secrets: Arc<Secrets>,
+    /// What subscriptions name by `kafka://NAME/…`.
+    pub kafka: BTreeMap<String, ClusterSettings>,
     /// At least one.
     pub databases: Vec<Database>,
 }
@@ -234,6 +244,20 @@ impl Config {
             parking: ParkingBounds { events: self.parked_events, bytes: self.parked_bytes },
             drain: self.shutdown,
         }
+    }
+}
+
+impl Config {
+    /// By what events go out; nothing is connected yet.
+    pub fn outlets(&self) -> Result<Outlets, TlsError> {
+        let cluster = |(name, settings): (&String, &ClusterSettings)| {
+            (name.clone(), Arc::new(Cluster::new(name, settings.clone())))
+        };
+        Ok(Outlets {
+            http: HttpCaller::new(self.ca_file.as_deref())?,
+            kafka: Arc::new(self.kafka.iter().map(cluster).collect()),
+            secrets: self.secrets.clone(),
+        })
     }
 }
 
@@ -285,10 +309,21 @@ impl File {
         let mut secrets = Secrets::new();
         for (name, table) in self.secret {
             let key = format!("secret.{name}");
-            if !is_secret_name(&name) {
+            if !is_name(&name) {
                 return Err(wrong(&key, "a name has 1 to 64 letters, digits, _, - and .".into()));
             }
             secrets.insert(name, table.read().map_err(|why| wrong(&key, why))?);
+        }
+        let mut kafka = BTreeMap::new();
+        for (name, table) in self.kafka {
+            if !is_name(&name) {
+                let why = "a name has 1 to 64 letters, digits, _, - and .";
+                return Err(wrong(&format!("kafka.{name}"), why.into()));
+            }
+            let settings = ClusterSettings::read(&table, &secrets);
+            let settings =
+                settings.map_err(|(property, why)| wrong(&format!("kafka.{name}.{property}"), why))?;
+            kafka.insert(name, settings);
         }
         if databases.is_empty() {
             let ways =
@@ -316,6 +351,7 @@ impl File {
             threads: self.threads,
             ca_file: self.ca_file,
             secrets: Arc::new(secrets),
+            kafka,
             databases,
         })
     }

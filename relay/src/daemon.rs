@@ -11,7 +11,6 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 use uuid::Uuid;
 
-use crate::calls::http::HttpCaller;
 use crate::config::Config;
 use crate::database::{self, Stopped};
 use crate::pipeline::budget::Budget;
@@ -34,8 +33,8 @@ pub async fn run(config: Config) -> Result<ExitCode, Box<dyn std::error::Error>>
     );
     let farewell = config.shutdown + FAREWELL;
     let budget = Budget::new(config.buffer_bytes);
-    let http = HttpCaller::new(config.ca_file.as_deref())?;
-    let shared = Arc::new(Shared { relay: Uuid::new_v4(), http, budget, config });
+    let outlets = config.outlets()?;
+    let shared = Arc::new(Shared { relay: Uuid::new_v4(), outlets, budget, config });
     let stop = CancellationToken::new();
     let mut databases = JoinSet::new();
     for database in &shared.config.databases {

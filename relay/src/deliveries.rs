@@ -12,11 +12,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, error, info};
 
-use crate::calls::http::HttpCaller;
-use crate::calls::secrets::Secrets;
 use crate::pipeline::budget::{Budget, Share};
 use crate::pipeline::run::{Bounds, Pipeline, TELL_EVERY};
-use crate::sink::http::HttpSink;
+use crate::sink::{Outlets, Sink};
 use crate::source::cursors::{Cursors, Owner};
 use crate::source::error::SourceError;
 use crate::source::head::Head;
@@ -42,10 +40,8 @@ pub struct Common {
     pub valid_until: watch::Receiver<Instant>,
     /// Where leases are given up.
     pub given: mpsc::Sender<Given>,
-    /// Connections to endpoints.
-    pub http: HttpCaller,
-    /// What the configuration knows and tables do not.
-    pub secrets: Arc<Secrets>,
+    /// By what events go out.
+    pub outlets: Outlets,
     /// Memory of the whole relay.
     pub budget: Budget,
     /// Memory of one pipeline.
@@ -163,13 +159,14 @@ impl Deliveries {
 
     fn pipeline(&self, assignment: &Assignment, drain: CancellationToken) -> Result<Pipeline, String> {
         let common = &self.common;
-        let mut options = Options::from_json(&assignment.options).map_err(|error| error.to_string())?;
+        let destination = Destination::parse(&assignment.destination)
+            .map_err(|error| format!("destination {}: {error}", assignment.destination))?;
+        let mut options =
+            Options::for_destination(&assignment.options, &destination).map_err(|error| error.to_string())?;
         // The limits are the subscription's: its shards share them evenly.
         options.max_in_flight = (options.max_in_flight / options.shards).max(1);
         options.rate_limit = options.rate_limit.map(|rate| rate / f64::from(options.shards));
-        let Destination::Http(uri) = Destination::parse(&assignment.destination)
-            .map_err(|error| format!("destination {}: {error}", assignment.destination))?;
-        let sink = HttpSink::new(&common.http, uri, &options, &common.secrets, &common.source)
+        let sink = Sink::new(&common.outlets, destination, &options, &common.source)
             .map_err(|error| error.to_string())?;
         let Assignment { subscription, shard, epoch, token, .. } = *assignment;
         Ok(Pipeline {
@@ -177,7 +174,7 @@ impl Deliveries {
             owner: Owner { subscription, shard, epoch, token, fenced: CancellationToken::new() },
             wanted: Arc::new(wanted(assignment)),
             options,
-            sink: Arc::new(sink),
+            sink,
             pages: common.pages.clone(),
             tail: common.tail.clone(),
             heads: common.heads.clone(),

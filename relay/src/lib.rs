@@ -2,7 +2,7 @@
 //! The relay of pg_dtm: reads what was committed to the log and delivers it.
 //!
 //! An event's way: [`source`] reads it from PostgreSQL, a [`pipeline`] sees to its order and its retries, a [`sink`] sends
-//! it, by [`calls`] that may fail. [`database`] runs all that belongs to one database and starts it anew when the connection breaks; [`daemon`] runs
+//! it, by [`calls`] that may fail or to [`kafka`]. [`database`] runs all that belongs to one database and starts it anew when the connection breaks; [`daemon`] runs
 //! all databases until the process is asked to stop.
 
 pub mod adopt;
@@ -14,6 +14,7 @@ pub mod config;
 pub mod daemon;
 pub mod database;
 pub mod deliveries;
+pub mod kafka;
 pub mod logging;
 pub mod operate;
 pub mod pipeline;

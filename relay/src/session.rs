@@ -13,10 +13,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, info};
 use uuid::Uuid;
 
-use crate::calls::http::HttpCaller;
 use crate::config::Config;
 use crate::deliveries::{Common, Deliveries};
 use crate::pipeline::budget::Budget;
+use crate::sink::Outlets;
 use crate::source::connect::Connector;
 use crate::source::cursors::{self, Cursors};
 use crate::source::due;
@@ -48,8 +48,8 @@ type Roles = JoinSet<Result<(), SourceError>>;
 pub struct Shared {
     /// Who this process is towards databases: the same over reconnects, so that it keeps its leases.
     pub relay: Uuid,
-    /// Connections to endpoints.
-    pub http: HttpCaller,
+    /// By what events go out.
+    pub outlets: Outlets,
     /// Memory.
     pub budget: Budget,
     /// Settings.
@@ -123,8 +123,7 @@ impl Session {
             heads: head,
             cursors: cursors.clone(),
             valid_until: valid,
-            http: shared.http.clone(),
-            secrets: config.secrets.clone(),
+            outlets: shared.outlets.clone(),
             budget: shared.budget.clone(),
             subscription_bytes: config.subscription_bytes,
             bounds: config.pipeline_bounds(),

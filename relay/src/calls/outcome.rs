@@ -22,6 +22,8 @@ pub enum Class {
     Refused,
     /// It cannot be sent at all, to whatever service.
     Unsendable,
+    /// It was taken back since another call failed, and goes again after that. It may have arrived.
+    Withdrawn,
     /// The service is gone for good (410).
     Gone,
     /// Too many calls (429, or 503 with `Retry-After`): slower, and not charged.
@@ -46,6 +48,11 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// A success of which nothing is told.
+    pub fn accepted() -> Self {
+        Outcome::without_answer(Class::Accepted, "")
+    }
+
     /// An outcome without an answer.
     pub fn without_answer(class: Class, error: impl Into<String>) -> Self {
         Outcome { class, status: None, error: error.into(), body: String::new(), retry_after: None }

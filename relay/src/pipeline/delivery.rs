@@ -53,6 +53,12 @@ pub struct Delivery {
     pub held: Arc<Held>,
 }
 
+impl AsRef<Event> for Delivery {
+    fn as_ref(&self) -> &Event {
+        &self.event
+    }
+}
+
 /// A row of dtm.retry as a pipeline remembers it: the event itself is read when it is due.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {

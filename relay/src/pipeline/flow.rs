@@ -6,13 +6,15 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytestring::ByteString;
 use dtm_core::options::{OnDead, Options, Ordering, Retry};
 use dtm_core::page::{Event, Page};
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use super::budget::Held;
 use super::delivery::{Delivery, LaneName, Place, Row};
-use super::lane::{Charges, Unloaded};
+use super::lane::{Charges, Returned, Unloaded};
 use super::lanes::Lanes;
 use super::reader::{FlowProgress, Piece, Reader, UnknownEra};
 use super::windows::{Ahead, Frontier, Progress};
@@ -42,11 +44,22 @@ pub struct ParkingBounds {
     pub bytes: usize,
 }
 
-/// What became of an attempt.
+/// An attempt that failed, and what follows.
+#[derive(Debug)]
+pub struct Judged {
+    /// The event's.
+    pub id: Uuid,
+    /// The event's.
+    pub topic: ByteString,
+    /// What came of it.
+    pub outcome: Outcome,
+    /// What follows.
+    pub verdict: Verdict,
+}
+
+/// What follows from a failed attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// The event is delivered.
-    Delivered,
     /// It goes again, not before this time.
     Again(Instant),
     /// The endpoint is to blame: the event goes again when that works.
@@ -87,13 +100,15 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// Goes on from a cursor, and from what is parked in dtm.retry.
+    /// Goes on from a cursor, and from what is parked in dtm.retry. `depth`: how many events of one key may be on their way at
+    /// once.
     pub fn new(
         cursor: StoredCursor,
         parked: Vec<Parked>,
         eras: Arc<[i32]>,
         options: &Options,
         bounds: ParkingBounds,
+        depth: usize,
         now: Instant,
     ) -> Result<Self, UnknownEra> {
         let ahead = Ahead::delivered(cursor.ahead.iter().copied());
@@ -111,7 +126,7 @@ impl Flow {
             reader,
             progress,
             eras,
-            lanes: Lanes::default(),
+            lanes: Lanes::new(depth),
             circuit: Circuit::new(probes),
             pace: Pace::new(options.max_in_flight as usize, options.rate_limit),
             schedule,
@@ -266,18 +281,38 @@ impl Flow {
         paced.into_iter().chain(waits).chain(self.lanes.next_timer()).min()
     }
 
-    /// An attempt has ended; `attempt` tells of it, if it failed. `random` is drawn evenly from `[0, 1)`.
+    /// An attempt has ended; `attempt` tells of it, where it failed. `random` is drawn evenly from `[0, 1)`. Answers what is
+    /// judged by it: a failed attempt, as soon as nothing else of its key is on its way.
     pub fn settle(
         &mut self,
         delivery: Delivery,
-        outcome: &Outcome,
-        attempt: impl FnOnce() -> Attempt,
+        outcome: Outcome,
+        attempt: impl FnOnce(&Outcome) -> Attempt,
         now: Instant,
         random: f64,
-    ) -> Verdict {
+    ) -> Option<Judged> {
         self.in_flight -= 1;
-        let verdict = match outcome.class {
+        let judged = match outcome.class {
             Class::Accepted => self.delivered(delivery, now),
+            _ => {
+                let attempt = attempt(&outcome);
+                self.lanes.came_back(Returned { delivery, outcome, attempt })
+            }
+        };
+        let verdict = judged.map(|first| self.judge(first, now, random));
+        self.advance();
+        verdict
+    }
+
+    /// An attempt that failed, of an event whose lane has nothing else on its way.
+    fn judge(&mut self, first: Returned, now: Instant, random: f64) -> Judged {
+        let Returned { delivery, outcome, attempt } = first;
+        let (id, topic) = (delivery.event.id, delivery.event.topic.clone());
+        let verdict = match outcome.class {
+            Class::Accepted | Class::Withdrawn => {
+                self.lanes.again(delivery);
+                Verdict::Waits
+            }
             Class::Gone => {
                 self.lanes.again(delivery);
                 Verdict::Gone
@@ -287,26 +322,26 @@ impl Flow {
                 let blame = self.circuit.trip(&delivery.lane, now, random);
                 self.endpoints_fault(delivery, blame)
             }
-            Class::Unsendable => self.dies(delivery, attempt()),
+            Class::Unsendable => self.dies(delivery, attempt),
             Class::Refused if !self.circuit.is_open() && self.circuit.vouches_against(&delivery.lane) => {
                 self.circuit.failed(&delivery.lane, self.lanes.waiting(), now, random);
-                self.dies(delivery, attempt())
+                self.dies(delivery, attempt)
             }
-            Class::Refused | Class::Failed => self.failed(delivery, attempt(), now, random),
+            Class::Refused | Class::Failed => self.failed(delivery, attempt, now, random),
             Class::Overloaded => {
                 self.pace.slow_down(outcome.retry_after, now);
-                self.failed(delivery, attempt(), now, random)
+                self.failed(delivery, attempt, now, random)
             }
         };
-        self.advance();
-        verdict
+        Judged { id, topic, outcome, verdict }
     }
 
-    fn delivered(&mut self, delivery: Delivery, now: Instant) -> Verdict {
+    /// Answers what of its lane is to be judged now.
+    fn delivered(&mut self, delivery: Delivery, now: Instant) -> Option<Returned> {
         self.successes += 1;
         self.circuit.succeeded(&delivery.lane);
         self.pace.succeeded();
-        self.lanes.finish(&delivery.lane);
+        self.lanes.arrived(&delivery.lane);
         match delivery.place {
             Place::Log(ticket) => self.progress.ack(ticket),
             Place::Row => {
@@ -316,7 +351,7 @@ impl Flow {
             }
         }
         self.confirm(&delivery.lane, now);
-        Verdict::Delivered
+        self.lanes.all_back(&delivery.lane)
     }
 
     /// Moves the frontier as far as it goes: over what is settled, and over what may be parked.

@@ -68,6 +68,11 @@ fn acts(class: impl Strategy<Value = Class> + 'static) -> impl Strategy<Value = 
     prop::collection::vec(act, 0..600)
 }
 
+/// Of sinks that take one event of a key at once, and of those that keep their order themselves.
+fn depth() -> impl Strategy<Value = usize> {
+    prop_oneof![Just(1), Just(3)]
+}
+
 /// Each event is a transaction of its own: number n has sequence number n and transaction id 2 + n.
 fn position(last: i64) -> Arc<Mark> {
     let xmax = 3 + last as u64;
@@ -86,6 +91,8 @@ struct Stored {
 }
 
 struct Model {
+    /// How many events of a key the sink takes at once, whose order it keeps itself if they are more than one.
+    depth: usize,
     log: Vec<Option<u8>>,
     head: Arc<Mark>,
     flow: Flow,
@@ -114,10 +121,11 @@ fn held() -> Arc<Held> {
 }
 
 impl Model {
-    fn new(now: Instant) -> Self {
+    fn new(depth: usize, now: Instant) -> Self {
         let stored = Stored::default();
-        let flow = begin(&stored, &[], now);
+        let flow = begin(&stored, &[], depth, now);
         Model {
+            depth,
             log: Vec::new(),
             head: position(0),
             flow,
@@ -186,37 +194,62 @@ impl Model {
         }
         let Some(delivery) = self.flow.next(self.now) else { return };
         let (seq, key) = (delivery.event.seq, &delivery.event.key);
-        if key.is_some() && self.out.iter().any(|other| other.event.key == *key) {
-            self.wrong = Some(format!("two events of key {key:?} are under way"));
+        let others = self.out.iter().filter(|other| key.is_some() && other.event.key == *key);
+        if others.clone().count() >= self.depth || others.clone().any(|other| other.event.seq > seq) {
+            self.wrong = Some(format!("too many events of key {key:?} are under way, or out of order"));
         }
         if !self.crashed && self.accepted.contains(&seq) {
             self.wrong = Some(format!("{seq} is sent again after it was accepted"));
         }
-        // The receiver does its work as soon as it is asked; what it answers may get lost.
-        if !self.arrived.contains(&seq) {
-            self.arrived.push(seq);
+        // A receiver does its work as soon as it is asked; what it answers may get lost.
+        if self.depth == 1 {
+            self.arrives(seq);
         }
         self.out.push(delivery);
     }
 
-    fn answer(&mut self, which: &Index, class: Class) {
-        if self.out.is_empty() {
-            return;
+    fn answer(&mut self, at: usize, class: Class) {
+        if self.depth == 1 {
+            let delivery = self.out.swap_remove(at);
+            return self.settle(delivery, class);
         }
-        let delivery = self.out.swap_remove(which.index(self.out.len()));
-        self.settle(delivery, class);
+        // What is sent of one key is answered in its order, and what follows a failure comes back with it.
+        let lane = self.out[at].lane.clone();
+        let mut of_lane: Vec<Delivery> = self.out.extract_if(.., |delivery| delivery.lane == lane).collect();
+        of_lane.sort_by_key(|delivery| delivery.event.seq);
+        let mut of_lane = of_lane.into_iter();
+        let Some(first) = of_lane.next() else { return };
+        // Also what fails counts: it may die, and what comes after it goes on.
+        self.arrives(first.event.seq);
+        if class == Class::Accepted {
+            self.out.extend(of_lane);
+            return self.settle(first, class);
+        }
+        let mut back: Vec<(Delivery, Class)> = of_lane.map(|delivery| (delivery, Class::Withdrawn)).collect();
+        back.push((first, class));
+        back.into_iter().for_each(|(delivery, class)| self.settle(delivery, class));
+    }
+
+    fn arrives(&mut self, seq: i64) {
+        if !self.arrived.contains(&seq) {
+            self.arrived.push(seq);
+        }
     }
 
     fn settle(&mut self, delivery: Delivery, class: Class) {
         let seq = delivery.event.seq;
         let outcome = Outcome::without_answer(class, "a test");
-        let attempt = || Attempt::new(jiff::Timestamp::UNIX_EPOCH, &outcome);
-        let verdict = self.flow.settle(delivery, &outcome, attempt, self.now, 0.5);
-        match (class, verdict) {
-            (Class::Accepted, Verdict::Delivered) => drop(self.accepted.insert(seq)),
-            (Class::Refused | Class::Unsendable, Verdict::Dead) => drop(self.refused.insert(seq)),
-            (Class::Accepted, _) | (_, Verdict::Delivered | Verdict::Dead | Verdict::Gone) => {
-                self.wrong = Some(format!("{class:?} gave {verdict:?}"));
+        let attempt = |outcome: &Outcome| Attempt::new(jiff::Timestamp::UNIX_EPOCH, outcome);
+        if class == Class::Accepted {
+            self.accepted.insert(seq);
+        }
+        let Some(judged) = self.flow.settle(delivery, outcome, attempt, self.now, 0.5) else { return };
+        match (judged.outcome.class, judged.verdict) {
+            (Class::Refused | Class::Unsendable, Verdict::Dead) => {
+                self.refused.insert(judged.id.as_u128() as i64);
+            }
+            (Class::Accepted, _) | (_, Verdict::Dead | Verdict::Gone) => {
+                self.wrong = Some(format!("{class:?} gave {:?}", judged.verdict));
             }
             _ => {}
         }
@@ -249,12 +282,13 @@ impl Model {
     }
 
     fn end(&mut self) {
-        while let Some(delivery) = self.out.pop() {
+        for delivery in std::mem::take(&mut self.out) {
+            self.arrives(delivery.event.seq);
             self.settle(delivery, Class::Accepted);
         }
         self.store();
         self.stored.ahead = self.flow.delivered_ahead();
-        self.flow = begin(&self.stored, &self.log, self.now);
+        self.flow = begin(&self.stored, &self.log, self.depth, self.now);
     }
 
     fn step(&mut self, act: &Act) {
@@ -264,7 +298,8 @@ impl Model {
             Act::Read(rows) => self.read(*rows),
             Act::Load => self.load(),
             Act::Send => self.send(),
-            Act::Answer(which, class) => self.answer(which, *class),
+            Act::Answer(..) if self.out.is_empty() => {}
+            Act::Answer(which, class) => self.answer(which.index(self.out.len()), *class),
             Act::Pass(ms) => self.now += Duration::from_millis(*ms),
             Act::Store => self.store(),
             Act::Unload => {
@@ -274,10 +309,11 @@ impl Model {
             }
             Act::End => self.end(),
             Act::Crash => {
-                self.out.clear();
+                // What is on its way may have arrived, and nobody will know.
+                std::mem::take(&mut self.out).iter().for_each(|delivery| self.arrives(delivery.event.seq));
                 self.left.clear();
                 self.crashed = true;
-                self.flow = begin(&self.stored, &self.log, self.now);
+                self.flow = begin(&self.stored, &self.log, self.depth, self.now);
             }
         }
     }
@@ -342,10 +378,11 @@ impl Model {
         self.read(2);
         self.load();
         self.send();
-        while let Some(delivery) = self.out.pop() {
-            let key = self.log[delivery.event.seq as usize - 1];
+        while !self.out.is_empty() {
+            let key = self.log[self.out[0].event.seq as usize - 1];
             let is_poison = key.is_some_and(|key| poison.contains(&key));
-            self.settle(delivery, if is_poison { Class::Failed } else { Class::Accepted });
+            let class = if is_poison { Class::Failed } else { Class::Accepted };
+            self.answer(0, class);
         }
         self.now += Duration::from_secs(1);
     }
@@ -356,7 +393,7 @@ fn matching(last: i64) -> impl Iterator<Item = i64> {
     (1..=last).filter(|seq| seq % 2 == 0)
 }
 
-fn begin(stored: &Stored, log: &[Option<u8>], now: Instant) -> Flow {
+fn begin(stored: &Stored, log: &[Option<u8>], depth: usize, now: Instant) -> Flow {
     let (from, target, acked) = stored.cursor;
     let (target, ahead) = (target.map(position), stored.ahead.clone());
     let cursor = StoredCursor { position: position(from), target, acked, ahead };
@@ -370,7 +407,7 @@ fn begin(stored: &Stored, log: &[Option<u8>], now: Instant) -> Flow {
     };
     let parked = stored.rows.iter().map(parked).collect();
     let bounds = ParkingBounds { events: 6, bytes: 1_000 };
-    Flow::new(cursor, parked, [1].into(), &options(), bounds, now).unwrap()
+    Flow::new(cursor, parked, [1].into(), &options(), bounds, depth, now).unwrap()
 }
 
 #[test]
@@ -387,8 +424,8 @@ fn a_dead_letter_that_blocks_its_key_blocks_what_comes_after_it_and_not_what_com
     let cursor = StoredCursor { position: position(6), target: None, acked: 0, ahead: Vec::new() };
     let parked = vec![row(2, false), row(4, true), row(6, false)];
     let bounds = ParkingBounds { events: 6, bytes: 1_000 };
-    let flow = Flow::new(cursor, parked, [1].into(), &options(), bounds, now).unwrap();
-    let mut model = Model { flow, head: position(8), ..Model::new(now) };
+    let flow = Flow::new(cursor, parked, [1].into(), &options(), bounds, 1, now).unwrap();
+    let mut model = Model { flow, head: position(8), ..Model::new(1, now) };
     model.log = vec![Some(0); 8];
     model.stored.rows = vec![(2, 0, Some(now)), (6, 0, None)];
     (0..20).for_each(|_| model.round(&[]));
@@ -399,7 +436,7 @@ fn a_dead_letter_that_blocks_its_key_blocks_what_comes_after_it_and_not_what_com
 
 #[test]
 fn one_that_is_throttled_while_others_go_is_parked_uncharged_and_one_of_many_is_not() {
-    let mut model = Model::new(Instant::now());
+    let mut model = Model::new(1, Instant::now());
     model.log = (0..60).map(|n| (n == 1).then_some(9)).collect();
     model.head = position(60);
     for _ in 0..60 {
@@ -415,7 +452,7 @@ fn one_that_is_throttled_while_others_go_is_parked_uncharged_and_one_of_many_is_
     assert_eq!(model.stored.rows.iter().map(|row| (row.0, row.1)).collect::<Vec<_>>(), [(2, 0)]);
     let (from, target, _) = model.stored.cursor;
     assert_eq!((from, target), (60, None), "the cursor passes it");
-    let mut model = Model::new(Instant::now());
+    let mut model = Model::new(1, Instant::now());
     model.log = vec![None; 20];
     model.head = position(20);
     for _ in 0..60 {
@@ -445,8 +482,8 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_event_arrives_or_dies_for_a_reason_and_keys_keep_their_order(acts in acts(class())) {
-        let mut model = Model::new(Instant::now());
+    fn every_event_arrives_or_dies_for_a_reason_and_keys_keep_their_order(acts in acts(class()), depth in depth()) {
+        let mut model = Model::new(depth, Instant::now());
         for act in &acts {
             model.step(act);
             model.check().map_err(|wrong| TestCaseError::fail(format!("{wrong}, after {act:?}")))?;
@@ -463,9 +500,10 @@ proptest! {
 
     #[test]
     fn poison_dies_and_holds_up_nobody_else(
-        acts in acts(class()), keys in prop::collection::vec(0..4_u8, 1..4), every in 1..40_usize, unload: bool,
+        acts in acts(class()), depth in depth(), keys in prop::collection::vec(0..4_u8, 1..4), every in 1..40_usize,
+        unload: bool,
     ) {
-        let mut model = Model::new(Instant::now());
+        let mut model = Model::new(depth, Instant::now());
         acts.iter().for_each(|act| model.step(act));
         prop_assert!(model.finish_with_poison(&keys, every, unload), "something is stuck: {:?}", model.flow.lanes);
         model.check().map_err(TestCaseError::fail)?;
@@ -473,8 +511,10 @@ proptest! {
     }
 
     #[test]
-    fn among_many_that_fail_the_one_that_does_not_is_found(bad in 1..60_u8, at_once in 1..4_usize, unload: bool) {
-        let mut model = Model::new(Instant::now());
+    fn among_many_that_fail_the_one_that_does_not_is_found(
+        bad in 1..60_u8, at_once in 1..4_usize, depth in depth(), unload: bool,
+    ) {
+        let mut model = Model::new(depth, Instant::now());
         model.flow.pace = Pace::new(at_once, None);
         let keys: Vec<u8> = (1..=bad).collect();
         model.log = keys.iter().chain([&0]).flat_map(|key| [None, Some(*key)]).collect();
@@ -493,8 +533,8 @@ proptest! {
     }
 
     #[test]
-    fn an_endpoint_that_takes_nothing_parks_and_kills_nothing(acts in acts(Just(Class::Failed))) {
-        let mut model = Model::new(Instant::now());
+    fn an_endpoint_that_takes_nothing_parks_and_kills_nothing(acts in acts(Just(Class::Failed)), depth in depth()) {
+        let mut model = Model::new(depth, Instant::now());
         for act in acts.iter().filter(|act| !matches!(act, Act::End)) {
             model.step(act);
             prop_assert!(model.stored.rows.is_empty() && model.stored.dead.is_empty(), "after {:?}", act);

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::delivery::{Delivery, Place, Row};
 use super::windows::Ticket;
+use crate::calls::outcome::Outcome;
 use crate::source::settlement::Attempt;
 
 /// What the head of a lane is doing.
@@ -17,7 +18,7 @@ use crate::source::settlement::Attempt;
 pub enum Stage {
     /// May go as soon as there is room.
     Ready,
-    /// On its way; not in the queue.
+    /// On its way, alone or with as many others as may be; not in the queue.
     InFlight,
     /// In memory, not before this time.
     Resting(Instant),
@@ -52,13 +53,16 @@ pub struct Charges {
 }
 
 impl Charges {
+    /// Whether the head has never failed.
+    pub fn is_clean(&self) -> bool {
+        self.attempts == 0 && self.suspected.is_empty() && !self.doubted && self.throttled == 0
+    }
+
     /// Whether the endpoint takes others and not this one: it asks for less whenever this one comes.
     pub fn is_throttled(&self) -> bool {
         self.throttled >= THROTTLED
     }
-}
 
-impl Charges {
     /// The suspicion was right. All attempts between two successes count as one: the service may have been away for a while.
     pub fn confirm(&mut self) {
         if !self.suspected.is_empty() {
@@ -68,11 +72,26 @@ impl Charges {
     }
 }
 
+/// An event that came back undelivered.
+#[derive(Debug)]
+pub struct Returned {
+    /// The event.
+    pub delivery: Delivery,
+    /// What came of it.
+    pub outcome: Outcome,
+    /// The same, to be kept.
+    pub attempt: Attempt,
+}
+
 /// One lane.
 #[derive(Debug)]
 pub struct Lane {
     /// See [`Stage`].
     pub stage: Stage,
+    /// How many of its events are on their way: more than one where the sink keeps their order itself.
+    pub out: usize,
+    /// What came back undelivered while others were on their way still.
+    pub returned: Vec<Returned>,
     /// Of the head.
     pub charges: Charges,
     /// In memory, the next ones to go.
@@ -86,7 +105,16 @@ pub struct Lane {
 impl Lane {
     pub(super) fn new(stage: Stage) -> Self {
         let (front, rows, back) = (VecDeque::new(), VecDeque::new(), VecDeque::new());
-        Lane { stage, charges: Charges::default(), front, rows, back }
+        Lane { stage, out: 0, returned: Vec::new(), charges: Charges::default(), front, rows, back }
+    }
+
+    /// Whether one more of its events may go while others are on their way: none has failed, and none stands behind parked ones.
+    pub(super) fn may_follow(&self, depth: usize) -> bool {
+        self.out < depth
+            && !self.front.is_empty()
+            && self.rows.is_empty()
+            && self.returned.is_empty()
+            && self.charges.is_clean()
     }
 
     /// Whether what is read from the log has to wait for a poisoned event, or for one that is parked or dead.

@@ -7,7 +7,8 @@ use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
 use tokio::time::Instant;
 
 use super::delivery::{Delivery, LaneName, Place, Row};
-use super::lane::{Charges, Lane, Stage, Unloaded};
+use super::lane::{Charges, Lane, Returned, Stage, Unloaded};
+use crate::calls::outcome::Class;
 
 /// Rows of one lane that are read at once.
 const ROWS_AT_ONCE: usize = 16;
@@ -43,6 +44,8 @@ impl Eq for Timer {}
 /// All lanes of a pipeline.
 #[derive(Debug, Default)]
 pub struct Lanes {
+    /// So many events of one lane may be on their way at once.
+    depth: usize,
     lanes: HashMap<LaneName, Lane>,
     ready: VecDeque<LaneName>,
     due: VecDeque<LaneName>,
@@ -51,6 +54,12 @@ pub struct Lanes {
 }
 
 impl Lanes {
+    /// No lanes yet. `depth`: so many events of one lane may be on their way at once; more than one only where the sink keeps
+    /// their order itself.
+    pub fn new(depth: usize) -> Self {
+        Lanes { depth, ..Lanes::default() }
+    }
+
     /// Adds an event of the log behind all others of its lane.
     pub fn push(&mut self, delivery: Delivery) {
         match self.lanes.get_mut(&delivery.lane) {
@@ -61,7 +70,14 @@ impl Lanes {
                 self.lanes.insert(name.clone(), lane);
                 self.ready.push_back(name);
             }
-            Some(lane) if lane.rows.is_empty() => lane.front.push_back(delivery),
+            Some(lane) if lane.rows.is_empty() => {
+                lane.front.push_back(delivery);
+                if lane.stage == Stage::InFlight && lane.may_follow(self.depth) {
+                    lane.stage = Stage::Ready;
+                    let name = lane.front.back().map(|delivery| delivery.lane.clone());
+                    self.ready.extend(name);
+                }
+            }
             Some(lane) => lane.back.push_back(delivery),
         }
     }
@@ -120,7 +136,12 @@ impl Lanes {
 
     /// The lanes that may go as soon as there is room.
     pub fn ready(&self) -> impl Iterator<Item = &LaneName> {
-        self.ready.iter()
+        self.ready.iter().filter(|name| self.is_ready(name))
+    }
+
+    /// A lane of which something came back is no longer what it was when it was put into the queue.
+    fn is_ready(&self, name: &LaneName) -> bool {
+        self.depth == 1 || self.lanes.get(name).is_some_and(|lane| lane.stage == Stage::Ready)
     }
 
     /// The lanes whose parked events are to be read.
@@ -148,18 +169,72 @@ impl Lanes {
 
     /// Takes the head of the first ready lane that `admits` lets go.
     pub fn take(&mut self, admits: impl Fn(&LaneName) -> bool) -> Option<Delivery> {
-        let at = self.ready.iter().position(admits)?;
+        while self.ready.front().is_some_and(|name| !self.is_ready(name)) {
+            self.ready.pop_front();
+        }
+        let at = self.ready.iter().position(|name| self.is_ready(name) && admits(name))?;
         let name = self.ready.remove(at)?;
         let lane = self.lanes.get_mut(&name)?;
         let head = lane.front.pop_front()?;
-        lane.stage = Stage::InFlight;
+        lane.out += 1;
+        if lane.may_follow(self.depth) {
+            self.ready.push_back(name);
+        } else {
+            lane.stage = Stage::InFlight;
+        }
         Some(head)
+    }
+
+    /// Something came back undelivered. Answers what of the lane is to be judged, once all of it is back: the first one, unless
+    /// it came back only because another failed. All others go again after it.
+    pub fn came_back(&mut self, returned: Returned) -> Option<Returned> {
+        let name = returned.delivery.lane.clone();
+        let lane = self.lanes.get_mut(&name)?;
+        lane.out -= 1;
+        lane.stage = Stage::InFlight;
+        lane.returned.push(returned);
+        self.all_back(&name)
+    }
+
+    /// See [`Lanes::came_back`]; also when the last that was on its way has arrived.
+    pub fn all_back(&mut self, name: &LaneName) -> Option<Returned> {
+        let lane = self.lanes.get_mut(name)?;
+        if lane.out > 0 || lane.returned.is_empty() {
+            return None;
+        }
+        let mut returned = std::mem::take(&mut lane.returned);
+        returned.sort_unstable_by_key(|returned| Reverse(returned.delivery.event.seq));
+        let first = returned.pop_if(|first| first.outcome.class != Class::Withdrawn);
+        for Returned { delivery, .. } in returned {
+            lane.front.push_front(delivery);
+        }
+        if first.is_none() {
+            self.make_ready(name);
+        }
+        first
     }
 
     /// Takes the head of a lane that is not in flight out of it.
     pub fn remove_head(&mut self, name: &LaneName) -> Option<Delivery> {
         self.ready.retain(|ready| ready != name);
         self.lanes.get_mut(name)?.front.pop_front()
+    }
+
+    /// An event on its way has arrived: the next one becomes the head, if nothing else is on its way.
+    pub fn arrived(&mut self, name: &LaneName) {
+        let Some(lane) = self.lanes.get_mut(name) else { return };
+        lane.out -= 1;
+        if self.depth == 1 {
+            return self.finish(name);
+        }
+        if lane.stage != Stage::InFlight || !lane.returned.is_empty() {
+            return;
+        }
+        if lane.out == 0 {
+            self.finish(name);
+        } else if lane.may_follow(self.depth) {
+            self.make_ready(name);
+        }
     }
 
     /// The head is settled and gone: the next one becomes it.

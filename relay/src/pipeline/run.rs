@@ -7,17 +7,16 @@ use std::time::Duration;
 use dtm_core::options::Options;
 use dtm_core::page::{Event, Page};
 use futures_util::future::{BoxFuture, FutureExt as _, OptionFuture};
-use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::budget::{Room, Share};
 use super::delivery::Delivery;
-use super::flow::{Flow, ParkingBounds, Verdict};
+use super::flow::{Flow, Judged, ParkingBounds, Verdict};
 use super::windows::Frontier;
 use crate::calls::outcome::Outcome;
-use crate::sink::http::HttpSink;
+use crate::sink::Sink;
 use crate::source::cursors::{Cursor, Cursors, Owner};
 use crate::source::error::SourceError;
 use crate::source::head::Head;
@@ -67,7 +66,7 @@ pub struct Pipeline {
     /// The subscription's options.
     pub options: Options,
     /// Where events go.
-    pub sink: Arc<HttpSink>,
+    pub sink: Sink,
     /// Where pages come from.
     pub pages: Arc<Pages>,
     /// Where they come from at the end of the log.
@@ -116,7 +115,8 @@ impl Pipeline {
             let again_at = match self.pages.resume(self.wanted.unit, self.owner.epoch).await {
                 Ok(Some((cursor, parked))) => {
                     let (eras, parking) = (self.eras.clone(), self.bounds.parking);
-                    match Flow::new(cursor, parked, eras, &self.options, parking, Instant::now()) {
+                    let depth = self.sink.depth();
+                    match Flow::new(cursor, parked, eras, &self.options, parking, depth, Instant::now()) {
                         Ok(flow) => return self.work(flow).await,
                         Err(error) => {
                             let hint = "dtm.rewind gives it a cursor that the database knows";
@@ -140,7 +140,7 @@ impl Pipeline {
     }
 
     async fn work(mut self, mut flow: Flow) -> Result<(), SourceError> {
-        let mut in_flight = FuturesUnordered::new();
+        let mut in_flight = self.sink.sender();
         let mut reads = Reads::default();
         let mut report = Report::default();
         let mut stop_at: Option<Instant> = None;
@@ -150,9 +150,9 @@ impl Pipeline {
             let valid_until = *self.valid_until.borrow_and_update();
             if stop_at.is_none() {
                 self.read_on(&mut flow, &mut reads)?;
-                while Instant::now() < valid_until {
+                while in_flight.has_room() && Instant::now() < valid_until {
                     let Some(delivery) = flow.next(Instant::now()) else { break };
-                    in_flight.push(attempt(self.sink.clone(), delivery));
+                    in_flight.send(delivery);
                 }
             } else if in_flight.is_empty() {
                 break;
@@ -169,13 +169,9 @@ impl Pipeline {
                 }
             };
             tokio::select! {
-                Some(answer) = in_flight.next(), if !in_flight.is_empty() => {
-                    let mut answers = vec![answer];
-                    while let Some(Some(answer)) = in_flight.next().now_or_never() {
-                        answers.push(answer);
-                    }
+                answers = in_flight.answers(), if !in_flight.is_empty() => {
                     for (delivery, outcome) in answers {
-                        if self.settle(&mut flow, delivery, &outcome) == Verdict::Gone {
+                        if self.settle(&mut flow, delivery, outcome) {
                             return self.disable(&mut flow, &mut report).await;
                         }
                     }
@@ -205,7 +201,7 @@ impl Pipeline {
                 changed = self.valid_until.changed(), if without_lease => changed.map_err(|_| session_over())?,
                 () = until(timer), if timer.is_some() => {
                     if stop_at.is_some() {
-                        tracing::warn!(subscription = self.name, "{} requests are given up", in_flight.len());
+                        tracing::warn!(subscription = self.name, "{} events on their way are given up", in_flight.len());
                         break;
                     }
                 }
@@ -309,13 +305,14 @@ impl Pipeline {
         Ok(Instant::now() + READ_AGAIN)
     }
 
-    fn settle(&self, flow: &mut Flow, delivery: Delivery, outcome: &Outcome) -> Verdict {
-        let (id, topic) = (delivery.event.id, delivery.event.topic.clone());
-        let (now, attempt) = (Instant::now(), || Attempt::new(jiff::Timestamp::now(), outcome));
-        let verdict = flow.settle(delivery, outcome, attempt, now, rand::random());
+    /// Answers whether the endpoint is gone for good.
+    fn settle(&self, flow: &mut Flow, delivery: Delivery, outcome: Outcome) -> bool {
+        let (now, attempt) =
+            (Instant::now(), |outcome: &Outcome| Attempt::new(jiff::Timestamp::now(), outcome));
+        let Some(judged) = flow.settle(delivery, outcome, attempt, now, rand::random()) else { return false };
+        let Judged { id, topic, outcome, verdict } = judged;
         let (name, topic) = (self.name.as_str(), &*topic);
         match verdict {
-            Verdict::Delivered => {}
             Verdict::Again(at) => {
                 let next_retry_s = (at - now).as_secs_f64();
                 tracing::warn!(subscription = name, %id, topic, next_retry_s, "not delivered: {outcome}");
@@ -337,7 +334,7 @@ impl Pipeline {
                 );
             }
         }
-        verdict
+        verdict == Verdict::Gone
     }
 
     /// The endpoint says that it is gone: what is settled is stored, and nothing more is sent.
@@ -386,11 +383,6 @@ impl Report {
         };
         self.0.as_ref().is_some_and(same)
     }
-}
-
-async fn attempt(sink: Arc<HttpSink>, delivery: Delivery) -> (Delivery, Outcome) {
-    let outcome = sink.send(&delivery.event).await;
-    (delivery, outcome)
 }
 
 async fn until(at: Option<Instant>) {

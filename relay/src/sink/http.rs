@@ -1,15 +1,20 @@
 // SPDX-License-Identifier: PostgreSQL
 //! HTTP: one POST an event.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use dtm_core::options::{HeaderSource, Options};
+use dtm_core::options::Options;
 use dtm_core::page::Event;
+use futures_util::future::{BoxFuture, FutureExt as _};
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use http::Uri;
 use http::header::{HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 
-use super::cloudevents::{self, Unsendable};
-use crate::calls::http::{Endpoint, HttpCaller, NotAbsolute};
+use super::cloudevents::Unsendable;
+use super::headers::{self, HeaderProblem, HeaderText};
+use super::{SinkError, cloudevents_http as cloudevents};
+use crate::calls::http::{Endpoint, HttpCaller};
 use crate::calls::outcome::{Class, Outcome};
 use crate::calls::secrets::{Echoes, Secrets};
 
@@ -24,28 +29,6 @@ pub struct HttpSink {
     echoes: Echoes,
 }
 
-/// An endpoint cannot be called as the subscription says.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum SinkError {
-    /// The destination.
-    #[error(transparent)]
-    Uri(#[from] NotAbsolute),
-    /// `ce-source`.
-    #[error(transparent)]
-    Source(#[from] Unsendable),
-    /// A header names a secret that the relay's configuration does not have.
-    #[error("header {header}: the relay's configuration has no [secret.{name}]")]
-    NoSecret {
-        /// The header.
-        header: String,
-        /// The secret.
-        name: String,
-    },
-    /// A header that HTTP does not allow.
-    #[error("header {0} cannot be sent")]
-    Header(String),
-}
-
 impl HttpSink {
     /// `source`: who the events are from.
     pub fn new(
@@ -56,17 +39,14 @@ impl HttpSink {
         source: &str,
     ) -> Result<Self, SinkError> {
         let source = cloudevents::attribute("the source", source)?;
-        let headers = headers(options, secrets)?;
-        let sent = options.headers.values().filter_map(|source| match source {
-            HeaderSource::Secret(name) => secrets.get(name),
-            HeaderSource::Text(_) => None,
-        });
+        let set = headers::of_subscription(options, secrets)?;
+        let headers = header_map(&set)?;
         Ok(HttpSink {
             endpoint: caller.endpoint(uri)?,
             timeout: options.timeout,
             source,
             headers,
-            echoes: Echoes::of(sent),
+            echoes: headers::echoes(&set),
         })
     }
 
@@ -93,39 +73,59 @@ impl HttpSink {
     }
 }
 
-/// The subscription's headers, with its secrets filled in.
-pub fn headers(options: &Options, secrets: &Secrets) -> Result<HeaderMap, SinkError> {
+/// The subscription's headers as HTTP has them.
+fn header_map(set: &[(&str, HeaderText<'_>)]) -> Result<HeaderMap, HeaderProblem> {
     let mut headers = HeaderMap::new();
-    for (name, source) in &options.headers {
-        let wrong = || SinkError::Header(name.clone());
-        let value = match source {
-            HeaderSource::Text(text) => HeaderValue::from_bytes(text.as_bytes()).map_err(|_| wrong())?,
-            HeaderSource::Secret(secret) => {
-                let missing = || SinkError::NoSecret { header: name.clone(), name: secret.clone() };
-                let secret = secrets.get(secret).ok_or_else(missing)?;
-                let mut value = HeaderValue::from_bytes(secret.reveal().as_bytes()).map_err(|_| wrong())?;
-                value.set_sensitive(true);
-                value
-            }
-        };
+    for (name, text) in set {
+        let wrong = || HeaderProblem::Unsendable((*name).to_owned());
+        let mut value = HeaderValue::from_bytes(text.text().as_bytes()).map_err(|_| wrong())?;
+        value.set_sensitive(matches!(text, HeaderText::Secret(_)));
         headers.insert(HeaderName::from_bytes(name.as_bytes()).map_err(|_| wrong())?, value);
     }
     Ok(headers)
 }
 
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
+type Attempt<T> = BoxFuture<'static, (T, Outcome)>;
 
-    use super::*;
+/// Requests of one pipeline that are on their way.
+pub struct HttpSender<T> {
+    sink: Arc<HttpSink>,
+    attempts: FuturesUnordered<Attempt<T>>,
+}
 
-    #[test]
-    fn a_header_gets_its_secret_or_the_subscription_is_not_delivered() {
-        let options =
-            Options::from_json(&json!({"headers": {"Authorization": "secret:a", "x-b": "c"}})).unwrap();
-        let missing = headers(&options, &Secrets::new()).unwrap_err();
-        assert!(missing.to_string().contains("[secret.a]"), "{missing}");
-        let found = headers(&Options::from_json(&json!({"headers": {"x-b": "c"}})).unwrap(), &Secrets::new());
-        assert_eq!(found.unwrap()["x-b"], "c");
+impl<T: AsRef<Event> + Send + 'static> HttpSender<T> {
+    /// None yet.
+    pub fn new(sink: Arc<HttpSink>) -> Self {
+        HttpSender { sink, attempts: FuturesUnordered::new() }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.attempts.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.attempts.is_empty()
+    }
+
+    /// Makes a request.
+    pub fn send(&mut self, item: T) {
+        let sink = self.sink.clone();
+        let attempt = async move {
+            let outcome = sink.send(item.as_ref()).await;
+            (item, outcome)
+        };
+        self.attempts.push(attempt.boxed());
+    }
+
+    /// Waits for requests that have ended; for ever if there is none.
+    pub async fn answers(&mut self) -> Vec<(T, Outcome)> {
+        let Some(answer) = self.attempts.next().await else { return std::future::pending().await };
+        let mut answers = vec![answer];
+        while let Some(Some(answer)) = self.attempts.next().now_or_never() {
+            answers.push(answer);
+        }
+        answers
     }
 }

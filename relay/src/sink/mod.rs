@@ -1,5 +1,144 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Where events go. A sink knows events and destinations, and nothing of PostgreSQL, cursors or retries.
 
+use std::sync::Arc;
+
+use dtm_core::destination::Destination;
+use dtm_core::options::Options;
+use dtm_core::page::Event;
+
+use self::http::{HttpSender, HttpSink};
+use self::kafka::{KafkaSender, KafkaSink};
+use crate::calls::http::HttpCaller;
+use crate::calls::outcome::Outcome;
+use crate::calls::secrets::Secrets;
+use crate::kafka::cluster::Clusters;
+
 pub mod cloudevents;
+pub mod cloudevents_http;
+pub mod cloudevents_kafka;
+pub mod headers;
 pub mod http;
+pub mod kafka;
+
+/// Where events of one subscription go.
+#[derive(Clone)]
+pub enum Sink {
+    /// An HTTP endpoint.
+    Http(Arc<HttpSink>),
+    /// Topics of a Kafka cluster.
+    Kafka(Arc<KafkaSink>),
+}
+
+/// What all sinks of a relay share.
+#[derive(Clone)]
+pub struct Outlets {
+    /// Connections to endpoints.
+    pub http: HttpCaller,
+    /// Kafka clusters.
+    pub kafka: Arc<Clusters>,
+    /// What the configuration knows and tables do not.
+    pub secrets: Arc<Secrets>,
+}
+
+/// A destination cannot be delivered to as the subscription says.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SinkError {
+    /// The destination.
+    #[error(transparent)]
+    Uri(#[from] crate::calls::http::NotAbsolute),
+    /// `ce-source`.
+    #[error(transparent)]
+    Source(#[from] cloudevents::Unsendable),
+    /// Headers of the subscription.
+    #[error(transparent)]
+    Header(#[from] headers::HeaderProblem),
+    /// A Kafka cluster that the configuration does not have.
+    #[error("the relay's configuration has no [kafka.{0}]")]
+    NoCluster(String),
+}
+
+impl Sink {
+    /// The sink of a subscription. `source`: who the events are from.
+    pub fn new(
+        outlets: &Outlets,
+        destination: Destination,
+        options: &Options,
+        source: &str,
+    ) -> Result<Self, SinkError> {
+        match destination {
+            Destination::Http(uri) => {
+                let sink = HttpSink::new(&outlets.http, uri, options, &outlets.secrets, source)?;
+                Ok(Sink::Http(Arc::new(sink)))
+            }
+            Destination::Kafka { cluster, topic } => {
+                let known = outlets.kafka.get(&cluster).ok_or(SinkError::NoCluster(cluster))?;
+                let sink = KafkaSink::new(known.clone(), topic, options, &outlets.secrets, source)?;
+                Ok(Sink::Kafka(Arc::new(sink)))
+            }
+        }
+    }
+
+    /// How many events of one key it takes at once: more than one if it keeps their order itself.
+    pub fn depth(&self) -> usize {
+        match self {
+            Sink::Http(_) => 1,
+            Sink::Kafka(_) => usize::MAX,
+        }
+    }
+
+    /// Sends for one pipeline.
+    pub fn sender<T: AsRef<Event> + Send + 'static>(&self) -> Sender<T> {
+        match self {
+            Sink::Http(sink) => Sender::Http(HttpSender::new(sink.clone())),
+            Sink::Kafka(sink) => Sender::Kafka(Box::new(KafkaSender::new(sink.clone()))),
+        }
+    }
+}
+
+/// What one pipeline has on its way. What it still has when it is dropped is given up.
+pub enum Sender<T> {
+    /// See there.
+    Http(HttpSender<T>),
+    /// See there.
+    Kafka(Box<KafkaSender<T>>),
+}
+
+impl<T: AsRef<Event> + Send + 'static> Sender<T> {
+    /// Whether it takes another event now.
+    pub fn has_room(&self) -> bool {
+        match self {
+            Sender::Http(_) => true,
+            Sender::Kafka(sender) => sender.has_room(),
+        }
+    }
+
+    /// How many events are on their way.
+    pub fn len(&self) -> usize {
+        match self {
+            Sender::Http(sender) => sender.len(),
+            Sender::Kafka(sender) => sender.len(),
+        }
+    }
+
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Makes an attempt.
+    pub fn send(&mut self, item: T) {
+        match self {
+            Sender::Http(sender) => sender.send(item),
+            Sender::Kafka(sender) => sender.send(item),
+        }
+    }
+
+    /// Waits for attempts that have ended, or until there is room again. No answer is lost if it is not waited for to the end.
+    pub async fn answers(&mut self) -> Vec<(T, Outcome)> {
+        match self {
+            Sender::Http(sender) => sender.answers().await,
+            Sender::Kafka(sender) => sender.answers().await,
+        }
+    }
+}

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: PostgreSQL
+//! Kafka clusters by name, and records sent to them without a gap in the order of a key.
+//!
+//! Nothing here knows events. [`settings`] says what a cluster's configuration may say, [`cluster`] holds the producers that
+//! all senders share, [`producer`] is one of them and its successors, [`topics`] knows what a topic takes, [`verdict`] says
+//! what an error means.
+
+pub mod cluster;
+pub mod producer;
+pub mod settings;
+pub mod topics;
+pub mod verdict;

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: PostgreSQL
+//! What an error of a producer means: for the record, for the topic, or for none of them.
+
+use rdkafka::types::RDKafkaErrorCode as Code;
+
+use crate::calls::outcome::{Class, Outcome};
+
+/// What came of a record. `alone`: it was the only one in its batch, so that what the broker says is said of it.
+pub fn of_record(topic: &str, code: Code, alone: bool) -> Outcome {
+    let class = match code {
+        Code::InvalidRecord
+        | Code::InvalidMessage
+        | Code::InvalidMessageSize
+        | Code::InvalidTimestamp
+        | Code::MessageBatchTooLarge
+        | Code::MessageSizeTooLarge
+        | Code::PolicyViolation
+        | Code::BadMessage
+            if alone =>
+        {
+            Class::Refused
+        }
+        Code::ClusterAuthorizationFailed
+        | Code::InvalidTopic
+        | Code::TopicAuthorizationFailed
+        | Code::UnknownPartition
+        | Code::UnknownTopic
+        | Code::UnknownTopicOrPartition => Class::Unsent,
+        Code::Fatal
+        | Code::Fenced
+        | Code::GaplessGuarantee
+        | Code::InvalidDifferentRecord
+        | Code::PurgeInflight
+        | Code::PurgeQueue
+        | Code::State => Class::Withdrawn,
+        // Of a batch nobody knows whose fault it is: each of its records is sent again, alone.
+        _ if !alone => Class::Withdrawn,
+        _ => Class::Failed,
+    };
+    Outcome::without_answer(class, format!("topic {topic}: {code}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_counts_only_for_a_record_that_was_alone() {
+        for code in [Code::InvalidRecord, Code::MessageSizeTooLarge] {
+            assert_eq!(of_record("t", code, true).class, Class::Refused);
+            assert_eq!(of_record("t", code, false).class, Class::Withdrawn);
+        }
+        assert_eq!(of_record("t", Code::PurgeQueue, true).class, Class::Withdrawn);
+        assert_eq!(of_record("t", Code::TopicAuthorizationFailed, false).class, Class::Unsent);
+        assert_eq!(of_record("t", Code::InvalidRequiredAcks, true).class, Class::Failed);
+    }
+}
