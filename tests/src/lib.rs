@@ -5,6 +5,12 @@
 pub mod arrivals;
 pub mod bench;
 pub mod cluster;
+pub mod kafka;
+mod kafka_acl;
+pub mod kafka_log;
+mod kafka_node;
+pub mod kafka_tls;
+pub mod kafka_topics;
 pub mod ledger;
 pub mod pgbouncer;
 pub mod port;

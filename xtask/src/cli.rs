@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use crate::Result;
 use crate::packages::{self, Purpose};
 use crate::workspace::Workspace;
-use crate::{install, run, server, test};
+use crate::{install, kafka, run, server, test};
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Builds, installs, starts, tests and measures pg_dtm")]
@@ -25,8 +25,14 @@ enum Command {
         /// Leave everything running and say how to connect
         #[arg(long)]
         keep: bool,
+        /// Start an Apache Kafka too
+        #[arg(long)]
+        kafka: bool,
     },
     /// Everything that CI runs: formatting, lints, and the tests on PostgreSQL 15, 16 and 18
+    ///
+    /// Tests that need no more of Kafka than topics use that of KAFKA_BOOTSTRAP_SERVERS where it is set, and remove what they
+    /// made there. All others start brokers of their own.
     Test {
         /// Also run the slow tests on every version, not on 15 alone
         #[arg(long)]
@@ -57,7 +63,7 @@ enum Command {
         #[arg(last = true)]
         args: Vec<String>,
     },
-    /// Only the set-up: system packages and the private PostgreSQL servers
+    /// Only the set-up: system packages, the private PostgreSQL servers and the programs of Kafka
     Setup,
 }
 
@@ -66,16 +72,18 @@ pub fn main() -> Result<ExitCode> {
     let cli = Cli::parse();
     let workspace = Workspace::open()?;
     match cli.command {
-        Command::Demo { keep } => {
-            let args = if keep { vec!["--keep".to_owned()] } else { Vec::new() };
-            run::binary(&workspace, "demo", args)
+        Command::Demo { keep, kafka } => {
+            let flags = [(keep, "--keep"), (kafka, "--kafka")];
+            let args = flags.into_iter().filter(|(given, _)| *given).map(|(_, flag)| flag.to_owned());
+            run::binary(&workspace, "demo", args.collect(), kafka)
         }
-        Command::Up { args } => run::binary(&workspace, "up", args),
+        Command::Up { args } => run::binary(&workspace, "up", args, false),
         Command::Bench { name, json, args } => {
+            let with_kafka = name == "kafka";
             let mut all = vec![name];
             all.extend(json.then(|| "--json".to_owned()));
             all.extend(args);
-            run::binary(&workspace, "bench", all)
+            run::binary(&workspace, "bench", all, with_kafka)
         }
         Command::Install { pg_config } => install::run(&workspace, &pg_config),
         Command::Test { all, filter } => test::run(&workspace, all, filter.as_deref()),
@@ -84,6 +92,7 @@ pub fn main() -> Result<ExitCode> {
             for major in server::MAJORS {
                 server::prepare(&workspace, major)?;
             }
+            kafka::prepare(&workspace)?;
             Ok(ExitCode::SUCCESS)
         }
     }

@@ -7,6 +7,7 @@ mod cli;
 mod extension;
 mod install;
 mod job;
+mod kafka;
 mod packages;
 mod pg_config;
 mod progress;
@@ -15,6 +16,7 @@ mod server;
 mod suite;
 mod tally;
 mod test;
+mod tree;
 mod workspace;
 
 use std::process::ExitCode;

@@ -16,12 +16,13 @@ use crate::{apt, cargo, job};
 pub enum Purpose {
     /// Compile the extension for a PostgreSQL that is there.
     Extension,
-    /// Run a private PostgreSQL 15 with it.
+    /// Compile the relay too, and run both with a private PostgreSQL 15.
     Server,
     /// Run the tests: also PostgreSQL 16 and 18, and PgBouncer.
     Tests,
 }
 
+/// A package, by its name in Debian.
 struct Package {
     name: &'static str,
     needed_for: Purpose,
@@ -35,6 +36,12 @@ const PACKAGES: &[Package] = &[
     Package { name: "pkg-config", needed_for: Purpose::Extension, is_here: || program("pkg-config") },
     Package { name: "clang", needed_for: Purpose::Extension, is_here: || program("clang") },
     Package { name: "libclang-dev", needed_for: Purpose::Extension, is_here: libclang },
+    // The relay's Kafka client is C, with some C++ that is compiled with it.
+    Package { name: "g++", needed_for: Purpose::Server, is_here: || program("c++") },
+    Package { name: "make", needed_for: Purpose::Server, is_here: || program("make") },
+    Package { name: "libssl-dev", needed_for: Purpose::Server, is_here: || library("openssl") },
+    Package { name: "zlib1g-dev", needed_for: Purpose::Server, is_here: || library("zlib") },
+    Package { name: "libcurl4-openssl-dev", needed_for: Purpose::Server, is_here: || library("libcurl") },
     Package {
         name: "postgresql-15",
         needed_for: Purpose::Server,
@@ -69,6 +76,16 @@ pub fn ensure(workspace: &Workspace, purpose: Purpose) -> Result<()> {
         ensure_user()?;
     }
     Ok(())
+}
+
+/// Makes sure of what a Kafka of our own is fetched and run with.
+pub fn ensure_kafka(workspace: &Workspace) -> Result<()> {
+    let missing: Vec<&str> = [("java", "default-jre-headless"), ("mvn", "maven")]
+        .into_iter()
+        .filter(|(name, _)| !program(name))
+        .map(|(_, package)| package)
+        .collect();
+    if missing.is_empty() { Ok(()) } else { provide(workspace, &missing) }
 }
 
 /// Makes sure of the headers that extensions are compiled with, where the PostgreSQL is Debian's: elsewhere it is not known
@@ -127,6 +144,11 @@ fn ensure_user() -> Result<()> {
 pub fn program(name: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|dir| dir.join(name).is_file())
+}
+
+/// Whether a C library can be compiled with.
+fn library(name: &str) -> bool {
+    command_ok(Command::new("pkg-config").args(["--exists", name])).is_ok()
 }
 
 fn file(path: &str) -> bool {

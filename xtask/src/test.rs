@@ -8,6 +8,7 @@ use crate::Result;
 use crate::cargo;
 use crate::extension;
 use crate::job;
+use crate::kafka;
 use crate::packages::{self, Purpose};
 use crate::progress::say;
 use crate::server::{self, DEBIAN_MAJOR, MAJORS};
@@ -78,6 +79,7 @@ impl Report<'_> {
         say("compiling the relay and the tests");
         let programs = cargo::build_programs(self.workspace, &[])?;
         let suites = Suites::build(self.workspace)?;
+        let kafka = kafka::prepare(self.workspace)?;
         let mut older: Vec<PathBuf> = Vec::new();
         for major in MAJORS {
             let server = server::prepare(self.workspace, major)?;
@@ -87,7 +89,7 @@ impl Report<'_> {
                     continue;
                 }
                 let mut command = suites.command(suite, self.workspace, &server, &programs)?;
-                command.env(
+                command.env(kafka::VARIABLE, &kafka).env(
                     "DTM_PG_OLDER_BINS",
                     std::env::join_paths(&older).map_err(|error| error.to_string())?,
                 );

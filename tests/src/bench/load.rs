@@ -12,7 +12,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Statement};
 use uuid::Uuid;
 
-use crate::cluster::Cluster;
+use crate::cluster::{Builder, Cluster};
 
 /// The database that benchmarks use.
 pub const DATABASE: &str = "bench";
@@ -41,12 +41,18 @@ pub struct Shape {
 /// A cluster that waits for the disk at every commit, with room enough that no checkpoint gets between; in it a database with
 /// the extension, and the table that a team without it would have.
 pub async fn cluster(preload: bool) -> Cluster {
-    let builder = Cluster::builder()
+    let builder = Cluster::builder();
+    cluster_of(if preload { builder.preload() } else { builder }).await
+}
+
+/// The same, with lines of configuration of its own.
+pub async fn cluster_of(builder: Builder) -> Cluster {
+    let builder = builder
         .config("synchronous_commit", "on")
         .config("shared_buffers", "1GB")
         .config("max_wal_size", "8GB")
         .config("checkpoint_timeout", "30min");
-    let cluster = if preload { builder.preload() } else { builder }.start().await;
+    let cluster = builder.start().await;
     cluster.create_database(DATABASE).await;
     let outbox = "CREATE TABLE outbox (
         seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

@@ -8,6 +8,7 @@ mod connections;
 mod failover;
 mod failures;
 mod https;
+mod kafka_kit;
 mod load;
 mod numbered;
 mod operations;
