@@ -40,7 +40,8 @@ CREATE TABLE dtm.cursor_log_1 (
     target       bigint,                      -- where the window ends that is being delivered; null between windows
     acked        bigint      NOT NULL,        -- up to this sequence number the window is delivered
     moved_at     timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
-    ahead        bigint[]                     -- beyond acked, what is delivered or parked already; null: nothing
+    ahead        bigint[],                    -- beyond acked, what is delivered or parked already; null: nothing
+    windows      uuid[]                       -- of exactly-once delivery: the window before the last, and the last
 );
 CREATE INDEX cursor_log_1_latest ON dtm.cursor_log_1 (subscription, shard, id);
 CREATE TABLE dtm.cursor_log_2 (LIKE dtm.cursor_log_1 INCLUDING ALL);

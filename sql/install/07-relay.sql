@@ -103,10 +103,10 @@ $$;
 
 -- Where a subscription goes on, and what is delivered beyond acked. No row: it has no cursor, and must not be delivered.
 CREATE FUNCTION dtm.relay_resume(subscription bigint, shard int, epoch bigint)
-RETURNS TABLE ("position" text, target text, acked bigint, ahead bigint[])
+RETURNS TABLE ("position" text, target text, acked bigint, ahead bigint[], windows uuid[])
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT p.body, t.body, c.acked, c.ahead
+    SELECT p.body, t.body, c.acked, c.ahead, c.windows
     FROM (SELECT * FROM dtm.cursor_log l
           WHERE l.subscription = relay_resume.subscription AND l.shard = relay_resume.shard AND l.epoch = relay_resume.epoch
           ORDER BY l.id DESC LIMIT 1) c

@@ -8,7 +8,7 @@
 -- positions which are no longer stored: they have to be told anew.
 CREATE FUNCTION dtm.relay_store(
     new_positions text[], subscriptions bigint[], shards int[], epochs bigint[], tokens bigint[],
-    positions bigint[], targets bigint[], acked bigint[], ahead text[],
+    positions bigint[], targets bigint[], acked bigint[], ahead text[], windows text[],
     "of" int[], seqs bigint[], what text[], attempts int[], next_in float8[], histories jsonb[],
     OUT position_ids bigint[], OUT fenced int[], OUT busy int[], OUT broken int[], OUT stale int[])
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
@@ -33,11 +33,12 @@ BEGIN
         broken := dtm.without_event("of", seqs, what);
     END IF;
     WITH asked AS (
-        SELECT m.at::int AS at, m.subscription, m.shard, m.epoch, m.token, m.acked, m.ahead::bigint[] AS ahead,
+        SELECT m.at::int AS at, m.subscription, m.shard, m.epoch, m.token, m.acked, m.ahead::bigint[] AS ahead, m.windows::uuid[] AS windows,
                CASE WHEN m."position" < 0 THEN position_ids[-m."position"] ELSE m."position" END AS "position",
                CASE WHEN m.target < 0 THEN position_ids[-m.target] ELSE m.target END AS target
-        FROM unnest(subscriptions, shards, epochs, tokens, positions, targets, relay_store.acked, relay_store.ahead)
-             WITH ORDINALITY AS m (subscription, shard, epoch, token, "position", target, acked, ahead, at)
+        FROM unnest(subscriptions, shards, epochs, tokens, positions, targets, relay_store.acked, relay_store.ahead,
+                    relay_store.windows)
+             WITH ORDINALITY AS m (subscription, shard, epoch, token, "position", target, acked, ahead, windows, at)
         WHERE m.at <> ALL (busy || broken || stale)
     ), granted AS MATERIALIZED (
         SELECT nextval('dtm.cursor_id_seq') AS id, a.*
@@ -46,11 +47,11 @@ BEGIN
         WHERE a.token = (SELECT l.token FROM dtm.lease_log l
                          WHERE l.subscription = a.subscription AND l.shard = a.shard ORDER BY l.token DESC LIMIT 1)
     ), first AS (
-        INSERT INTO dtm.cursor_log_1 (id, subscription, shard, epoch, token, "position", target, acked, ahead)
-        SELECT id, subscription, shard, epoch, token, "position", target, acked, ahead FROM granted WHERE segment = 1
+        INSERT INTO dtm.cursor_log_1 (id, subscription, shard, epoch, token, "position", target, acked, ahead, windows)
+        SELECT id, subscription, shard, epoch, token, "position", target, acked, ahead, windows FROM granted WHERE segment = 1
     ), second AS (
-        INSERT INTO dtm.cursor_log_2 (id, subscription, shard, epoch, token, "position", target, acked, ahead)
-        SELECT id, subscription, shard, epoch, token, "position", target, acked, ahead FROM granted WHERE segment = 2
+        INSERT INTO dtm.cursor_log_2 (id, subscription, shard, epoch, token, "position", target, acked, ahead, windows)
+        SELECT id, subscription, shard, epoch, token, "position", target, acked, ahead, windows FROM granted WHERE segment = 2
     )
     SELECT coalesce(array_agg(at), '{}') INTO moved FROM granted;
     fenced := ARRAY(SELECT generate_subscripts(subscriptions, 1) EXCEPT SELECT unnest(moved)

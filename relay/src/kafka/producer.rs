@@ -11,6 +11,7 @@ use std::time::Duration;
 use rdkafka::ClientConfig;
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::consumer::ConsumerContext;
 use rdkafka::error::KafkaError;
 use rdkafka::producer::{
     BaseRecord, DeliveryResult, NoCustomPartitioner, Producer as _, ProducerContext, PurgeConfig,
@@ -77,6 +78,8 @@ impl ClientContext for Quiet {
         tracing::debug!("librdkafka: {error}: {reason}");
     }
 }
+
+impl ConsumerContext for Quiet {}
 
 /// What a producer tells.
 pub struct Context {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier};
 use rdkafka::types::RDKafkaErrorCode as Code;
 use tokio::time::Instant;
 
@@ -113,6 +113,19 @@ impl Topics {
             Some(Code::LeaderNotAvailable) => Err(missing(format!("topic {topic} has no leader"), true)),
             Some(Code::UnknownTopicOrPartition) => Err(missing(format!("there is no topic {topic}"), true)),
             Some(code) => Err(missing(format!("topic {topic}: {code}"), false)),
+        }
+    }
+
+    /// Makes a topic, unless it is there.
+    pub async fn make(&self, topic: &NewTopic<'_>) -> Result<(), String> {
+        let admin = self.admin().map_err(|missing| missing.why)?;
+        let options = AdminOptions::new().request_timeout(Some(ASKED_FOR)).operation_timeout(Some(ASKED_FOR));
+        let made = admin.create_topics([topic], &options).await.map_err(|error| error.to_string())?;
+        match made.into_iter().next() {
+            Some(Err((name, code))) if code != Code::TopicAlreadyExists => {
+                Err(format!("topic {name} cannot be made: {code}"))
+            }
+            _ => Ok(()),
         }
     }
 

@@ -403,7 +403,7 @@ impl Flow {
         let Frontier { position, target, acked, .. } = self.progress.frontier();
         let progress =
             std::mem::replace(&mut self.progress, Progress::new(position.clone(), Ahead::delivered([])));
-        let cursor = StoredCursor { position, target, acked, ahead: Vec::new() };
+        let cursor = StoredCursor { position, target, acked, ahead: Vec::new(), windows: Vec::new() };
         (self.reader, self.progress) = Reader::new(cursor, progress.into_ahead(), self.eras.clone())?;
         for Unloaded { seq, place, charges, until } in self.lanes.unload() {
             if place != Place::Row {

@@ -396,7 +396,7 @@ fn matching(last: i64) -> impl Iterator<Item = i64> {
 fn begin(stored: &Stored, log: &[Option<u8>], depth: usize, now: Instant) -> Flow {
     let (from, target, acked) = stored.cursor;
     let (target, ahead) = (target.map(position), stored.ahead.clone());
-    let cursor = StoredCursor { position: position(from), target, acked, ahead };
+    let cursor = StoredCursor { position: position(from), target, acked, ahead, windows: Vec::new() };
     let parked = |&(seq, attempts, next): &(i64, u32, Option<Instant>)| Parked {
         key: log[seq as usize - 1].map(|key| key.to_string().into()),
         seq,
@@ -421,7 +421,13 @@ fn a_dead_letter_that_blocks_its_key_blocks_what_comes_after_it_and_not_what_com
         next_in: (seq == 2).then_some(Duration::ZERO),
         blocks,
     };
-    let cursor = StoredCursor { position: position(6), target: None, acked: 0, ahead: Vec::new() };
+    let cursor = StoredCursor {
+        position: position(6),
+        target: None,
+        acked: 0,
+        ahead: Vec::new(),
+        windows: Vec::new(),
+    };
     let parked = vec![row(2, false), row(4, true), row(6, false)];
     let bounds = ParkingBounds { events: 6, bytes: 1_000 };
     let flow = Flow::new(cursor, parked, [1].into(), &options(), bounds, 1, now).unwrap();

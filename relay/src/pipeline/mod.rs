@@ -3,14 +3,16 @@
 //!
 //! An event's way: [`reader`] says which piece of the log comes next, [`budget`] makes room for it, [`lanes`] says when
 //! its key is free, [`run`] sends it. What fails goes again, is parked behind its key, or becomes a dead letter: [`flow`] decides,
-//! and [`delivery`] says what is stored of it. [`windows`] says how far everything is settled. All but `run` do no I/O and take
-//! time and randomness as arguments.
+//! and [`delivery`] says what is stored of it. [`windows`] says how far everything is settled. [`once`] is the
+//! way of a subscription whose events reach Kafka exactly once. All but `run` and `once` do no I/O and take time and randomness as
+//! arguments.
 
 pub mod budget;
 pub mod delivery;
 pub mod flow;
 pub mod lane;
 pub mod lanes;
+mod once;
 pub mod reader;
 pub mod run;
 pub mod windows;

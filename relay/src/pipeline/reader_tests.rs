@@ -7,7 +7,7 @@ fn mark(text: &str) -> Arc<Mark> {
 }
 
 fn at(position: &str) -> StoredCursor {
-    StoredCursor { position: mark(position), target: None, acked: 0, ahead: Vec::new() }
+    StoredCursor { position: mark(position), target: None, acked: 0, ahead: Vec::new(), windows: Vec::new() }
 }
 
 fn begin(cursor: StoredCursor, eras: &[i32]) -> Result<(Reader, FlowProgress), UnknownEra> {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dtm_core::options::Options;
+use dtm_core::options::{Guarantee, Options};
 use dtm_core::page::{Event, Page};
 use futures_util::future::{BoxFuture, FutureExt as _, OptionFuture};
 use tokio::sync::watch;
@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::budget::{Room, Share};
 use super::delivery::Delivery;
 use super::flow::{Flow, Judged, ParkingBounds, Verdict};
+use super::once;
 use super::windows::Frontier;
 use crate::calls::outcome::Outcome;
 use crate::sink::Sink;
@@ -111,6 +112,10 @@ impl Pipeline {
     /// Delivers until it is asked to stop or is fenced. What keeps it from delivering is told again and again, for as long
     /// as it is so. An error is one of the database connection.
     pub async fn run(self) -> Result<(), SourceError> {
+        if let (Sink::Kafka(sink), Guarantee::ExactlyOnce) = (&self.sink, self.options.delivery) {
+            let sink = sink.clone();
+            return once::run(self, sink).await;
+        }
         loop {
             let again_at = match self.pages.resume(self.wanted.unit, self.owner.epoch).await {
                 Ok(Some((cursor, parked))) => {
@@ -296,7 +301,7 @@ impl Pipeline {
         }
     }
 
-    fn unreadable(&self, error: SourceError) -> Result<Instant, SourceError> {
+    pub(super) fn unreadable(&self, error: SourceError) -> Result<Instant, SourceError> {
         if !error.spares_connection() {
             return Err(error);
         }
@@ -366,7 +371,8 @@ impl Pipeline {
         // The first one is where the pipeline began: it is stored already.
         if report.0.is_some() || !settlements.is_empty() || !ahead.is_empty() {
             let Frontier { position, target, acked, .. } = frontier.clone();
-            self.cursors.moved(&self.owner, Cursor { position, target, acked, ahead }, settlements, covers);
+            let cursor = Cursor { position, target, acked, ahead, windows: Vec::new() };
+            self.cursors.moved(&self.owner, cursor, settlements, covers);
         }
         report.0 = Some(frontier);
     }
@@ -391,6 +397,6 @@ async fn until(at: Option<Instant>) {
     }
 }
 
-fn session_over() -> SourceError {
+pub(super) fn session_over() -> SourceError {
     SourceError::Unreachable("the session has ended".into())
 }

@@ -32,6 +32,8 @@ const AGAIN: Duration = Duration::from_millis(5);
 pub struct KafkaSink {
     cluster: Arc<Cluster>,
     topic: TopicTemplate,
+    /// The topic, where it is the same for all events.
+    fixed: Option<Arc<str>>,
     format: Format,
     source: String,
     /// Of the subscription: they win over an event's own.
@@ -49,7 +51,8 @@ impl KafkaSink {
     ) -> Result<Self, HeaderProblem> {
         let set = headers::of_subscription(options, secrets)?;
         let headers = set.iter().map(|(name, value)| ((*name).to_owned(), value.text().to_owned())).collect();
-        Ok(KafkaSink { cluster, topic, format: options.format, source: source.to_owned(), headers })
+        let fixed = topic.fixed().map(Arc::from);
+        Ok(KafkaSink { cluster, topic, fixed, format: options.format, source: source.to_owned(), headers })
     }
 
     /// The cluster.
@@ -59,6 +62,9 @@ impl KafkaSink {
 
     /// The topic of an event's record; an outcome, if it can have none.
     pub fn topic_of(&self, event: &Event) -> Result<Arc<str>, Outcome> {
+        if let Some(topic) = &self.fixed {
+            return Ok(topic.clone());
+        }
         let topic = self.topic.topic_of(&event.topic);
         if topic.len() > KAFKA_TOPIC_BYTES_MAX {
             let error = format!("the name of topic {topic} is longer than {KAFKA_TOPIC_BYTES_MAX} bytes");

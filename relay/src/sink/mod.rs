@@ -20,6 +20,7 @@ pub mod cloudevents_kafka;
 pub mod headers;
 pub mod http;
 pub mod kafka;
+pub mod kafka_once;
 
 /// Where events of one subscription go.
 #[derive(Clone)]

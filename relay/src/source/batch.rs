@@ -15,7 +15,7 @@ use super::settlement::{Attempt, Settlement};
 
 /// The statement.
 pub(super) const SQL: &str = "SELECT position_ids, fenced, busy, broken, stale FROM \
-     dtm.relay_store($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)";
+     dtm.relay_store($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)";
 
 /// The arguments, column by column.
 #[derive(Default)]
@@ -30,6 +30,7 @@ pub(super) struct Batch {
     targets: Vec<Option<i64>>,
     acked: Vec<i64>,
     ahead: Vec<Option<String>>,
+    windows: Vec<Option<String>>,
     /// The move, counted from 1, that each settlement belongs to.
     of: Vec<i32>,
     seqs: Vec<i64>,
@@ -55,6 +56,7 @@ impl Batch {
             batch.targets.push(target);
             batch.acked.push(cursor.acked);
             batch.ahead.push(array(&cursor.ahead));
+            batch.windows.push(array(&cursor.windows));
             settlements.iter().for_each(|settlement| batch.settle(settlement, now, is_utf8));
         }
         batch
@@ -89,7 +91,7 @@ impl Batch {
         })
     }
 
-    pub(super) fn parameters(&self) -> [&(dyn ToSql + Sync); 15] {
+    pub(super) fn parameters(&self) -> [&(dyn ToSql + Sync); 16] {
         [
             &self.new_positions,
             &self.subscriptions,
@@ -100,6 +102,7 @@ impl Batch {
             &self.targets,
             &self.acked,
             &self.ahead,
+            &self.windows,
             &self.of,
             &self.seqs,
             &self.what,
@@ -121,8 +124,8 @@ impl Batch {
 }
 
 /// An array as PostgreSQL reads it; none where there is nothing in it.
-fn array(values: &[i64]) -> Option<String> {
-    let texts: Vec<String> = values.iter().map(i64::to_string).collect();
+fn array(values: &[impl ToString]) -> Option<String> {
+    let texts: Vec<String> = values.iter().map(ToString::to_string).collect();
     (!texts.is_empty()).then(|| format!("{{{}}}", texts.join(",")))
 }
 
@@ -162,6 +165,7 @@ mod tests {
             target: target.cloned(),
             acked: 0,
             ahead: Vec::new(),
+            windows: Vec::new(),
         };
         let moves = moves(vec![
             (1, cursor(None), Vec::new()),
@@ -190,7 +194,8 @@ mod tests {
             next: Some(now + Duration::from_secs(3)),
         };
         let done = Settlement { seq: 8, what: Leave::Done, attempts: 0, history: Vec::new(), next: None };
-        let cursor = |ahead: Vec<i64>| Cursor { position: mark(), target: None, acked: 0, ahead };
+        let cursor =
+            |ahead: Vec<i64>| Cursor { position: mark(), target: None, acked: 0, ahead, windows: Vec::new() };
         let moves =
             moves(vec![(1, cursor(vec![4, 9]), Vec::new()), (2, cursor(Vec::new()), vec![park, done])]);
         let batch = Batch::of(&moves, now, true);

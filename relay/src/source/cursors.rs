@@ -12,6 +12,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_postgres::Statement;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use super::batch::{self, Batch};
 use super::error::SourceError;
@@ -22,6 +23,9 @@ use super::settlement::{self, Settlement};
 
 /// Between two statements at the least.
 const EVERY: Duration = Duration::from_millis(100);
+
+/// The same where somebody waits for it.
+const URGENT_EVERY: Duration = Duration::from_millis(10);
 
 /// After a statement that the database refused.
 const REFUSED: Duration = Duration::from_millis(500);
@@ -67,6 +71,8 @@ pub struct Cursor {
     pub acked: i64,
     /// Beyond that, what is delivered already; only told by a pipeline that ends.
     pub ahead: Vec<i64>,
+    /// Of exactly-once delivery: the window before the last one, and the last one.
+    pub windows: Vec<Uuid>,
 }
 
 /// A cursor that moved, and the events that have to be settled with it.
@@ -126,6 +132,8 @@ impl Waiting {
 pub struct Cursors {
     waiting: Mutex<Waiting>,
     arrived: Notify,
+    /// Somebody waits for what has been left.
+    urgent: Notify,
     /// Told when a statement has ended.
     ended: watch::Sender<()>,
 }
@@ -215,6 +223,7 @@ impl Cursors {
             waiting.left
         };
         self.arrived.notify_one();
+        self.urgent.notify_one();
         let _ = ended.wait_for(|()| !self.lock().has(owner.unit(), last)).await;
     }
 
@@ -272,7 +281,8 @@ pub async fn follow(link: Link, cursors: Arc<Cursors>) -> Result<Infallible, Sou
                 waits.due(&refused.busy, begun).into_iter().for_each(tell_of_wait);
                 let again = begun + if refused.broken.is_empty() { EVERY } else { REFUSED };
                 cursors.ended(refused.not_stored, again);
-                tokio::time::sleep_until(begun + EVERY).await;
+                tokio::time::sleep_until(begun + URGENT_EVERY).await;
+                let _ = tokio::time::timeout_at(begun + EVERY, cursors.urgent.notified()).await;
             }
             Err(error) => {
                 let now = Instant::now();

@@ -15,7 +15,7 @@ fn owner(subscription: i64) -> Owner {
 }
 
 fn cursor(acked: i64) -> Cursor {
-    Cursor { position: mark(), target: None, acked, ahead: Vec::new() }
+    Cursor { position: mark(), target: None, acked, ahead: Vec::new(), windows: Vec::new() }
 }
 
 fn done(seq: i64) -> Settlement {

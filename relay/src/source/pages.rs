@@ -9,6 +9,7 @@ use dtm_core::page::{Event, Page};
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Row, Statement};
+use uuid::Uuid;
 
 use super::cursors::Owner;
 use super::error::SourceError;
@@ -27,6 +28,8 @@ pub struct StoredCursor {
     pub acked: i64,
     /// Beyond that, the sequence numbers of what is delivered already.
     pub ahead: Vec<i64>,
+    /// See [`super::cursors::Cursor`].
+    pub windows: Vec<Uuid>,
 }
 
 /// A subscription, or a shard of one.
@@ -118,7 +121,8 @@ impl Pages {
         let mut readers = Vec::with_capacity(links.len());
         for link in links {
             let page = link.prepare("preparing to read pages", PAGE).await?;
-            let cursor = "SELECT \"position\", target, acked, ahead FROM dtm.relay_resume($1, $2, $3)";
+            let cursor =
+                "SELECT \"position\", target, acked, ahead, windows FROM dtm.relay_resume($1, $2, $3)";
             let cursor = link.prepare("preparing to read cursors", cursor).await?;
             let what = "preparing to read parked events";
             let parked =
@@ -144,7 +148,8 @@ impl Pages {
         let target = row.get::<_, Option<String>>(1).map(|text| Mark::parse(what, text)).transpose()?;
         let position = Mark::parse(what, row.get(0))?;
         let ahead = row.get::<_, Option<Vec<i64>>>(3).unwrap_or_default();
-        let cursor = StoredCursor { position, target, acked: row.get(2), ahead };
+        let windows = row.get::<_, Option<Vec<Uuid>>>(4).unwrap_or_default();
+        let cursor = StoredCursor { position, target, acked: row.get(2), ahead, windows };
         let what = "reading what is parked";
         let rows = reader.link.query(what, &reader.parked, &[&subscription, &shard, &shards]).await?;
         Ok(Some((cursor, rows.iter().map(parked).collect())))

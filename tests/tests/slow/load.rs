@@ -305,7 +305,7 @@ pub async fn wait_for_all(client: &Client, receiver: &Receiver, deadline: Durati
 }
 
 /// How many of the log's events have not been accepted yet.
-async fn missing(client: &Client, received: &[Received]) -> usize {
+pub async fn missing(client: &Client, received: &[Received]) -> usize {
     let mut stored = stored(client).await;
     received.iter().filter(|request| request.accepted).for_each(|request| {
         stored.remove(request.id());

@@ -8,6 +8,8 @@ mod connections;
 mod failover;
 mod failures;
 mod https;
+mod kafka;
+mod kafka_crash;
 mod kafka_kit;
 mod load;
 mod numbered;

@@ -1,0 +1,510 @@
+// SPDX-License-Identifier: PostgreSQL
+//! The task of a subscription whose events reach Kafka exactly once.
+//!
+//! A window is first stored in PostgreSQL, under an id that is drawn at random. Each batch of its events is a transaction of
+//! Kafka, which also writes the window's id and how far in it the batch comes. PostgreSQL's cursor follows; where the two
+//! differ when a relay begins, Kafka knows better, as long as it speaks of a window that PostgreSQL knows. What Kafka refuses
+//! is a dead letter before the others of its batch go on without it.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dtm_core::page::{Event, Page};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::budget::Room;
+use super::delivery::LaneName;
+use super::reader::{FlowProgress, Piece, Reader};
+use super::run::{Pipeline, TELL_EVERY, session_over};
+use super::windows::{Ahead, Ticket};
+use crate::calls::outcome::Outcome;
+use crate::kafka::position::Position;
+use crate::kafka::transactions::NotCommitted;
+use crate::sink::kafka::KafkaSink;
+use crate::sink::kafka_once::OnceWriter;
+use crate::source::cursors::Cursor;
+use crate::source::error::SourceError;
+use crate::source::mark::Mark;
+use crate::source::pages::{PageRequest, StoredCursor};
+use crate::source::settlement::{Attempt, Leave, Parked, Settlement};
+
+/// Events of a transaction at the most, and their bytes, about.
+const BATCH_EVENTS: i32 = 10_000;
+const BATCH_BYTES: usize = 4 * 1024 * 1024;
+/// Parked events of a transaction at the most.
+const PARKED_AT_ONCE: usize = 100;
+/// If so many are refused without exception, it is not their fault.
+const REFUSED_ALL: usize = 3;
+/// Between two attempts, while the cluster or a topic is away.
+const AGAIN_MIN: Duration = Duration::from_millis(200);
+const AGAIN_MAX: Duration = Duration::from_secs(10);
+/// After there was no room for a page.
+const ROOM_AGAIN: Duration = Duration::from_millis(20);
+
+/// Why a writer is given up.
+enum Ended {
+    /// The pipeline is to end.
+    Stopped,
+    /// Another one is to go on, from what is stored.
+    Again {
+        /// What went wrong, unless nothing did.
+        why: Option<String>,
+        /// It is to send each record in a batch of its own, until it has got past what is refused.
+        single: bool,
+    },
+    /// The connection to the database.
+    Source(SourceError),
+}
+
+impl From<SourceError> for Ended {
+    fn from(error: SourceError) -> Self {
+        Ended::Source(error)
+    }
+}
+
+impl Ended {
+    fn again(why: impl Into<String>) -> Self {
+        Ended::Again { why: Some(why.into()), single: false }
+    }
+}
+
+/// A page that is being read.
+struct Reading {
+    piece: Piece,
+    room: Room,
+    page: JoinHandle<Result<(Page, usize), SourceError>>,
+}
+
+/// Delivers until the pipeline is asked to stop or is fenced. An error is one of the database connection.
+pub(super) async fn run(mut pipeline: Pipeline, sink: Arc<KafkaSink>) -> Result<(), SourceError> {
+    let (mut attempts, mut told, mut is_single) = (0, None::<(String, Instant)>, false);
+    loop {
+        let ended = match Once::begin(&mut pipeline, sink.clone(), is_single).await {
+            Ok(mut once) => {
+                let Err(ended) = once.deliver().await;
+                if once.committed > 0 {
+                    attempts = 0;
+                }
+                ended
+            }
+            Err(ended) => ended,
+        };
+        let again_at = match ended {
+            Ended::Stopped => return Ok(()),
+            Ended::Source(error) => pipeline.unreadable(error)?,
+            Ended::Again { why, single } => {
+                is_single = single;
+                let Some(why) = why else { continue };
+                let now = Instant::now();
+                if !told.as_ref().is_some_and(|(before, at)| *before == why && now < *at + TELL_EVERY) {
+                    tracing::error!(
+                        subscription = pipeline.name,
+                        "nothing is written to Kafka, and it is tried again until it works: {why}"
+                    );
+                    told = Some((why, now));
+                }
+                let bound = AGAIN_MIN.saturating_mul(1 << u32::min(attempts, 6)).min(AGAIN_MAX);
+                attempts += 1;
+                now + bound.mul_f64(0.5 + rand::random::<f64>() / 2.0)
+            }
+        };
+        if !pause(&pipeline, again_at).await {
+            return Ok(());
+        }
+    }
+}
+
+/// Waits until a time; false: the pipeline is to end before.
+async fn pause(pipeline: &Pipeline, until: Instant) -> bool {
+    tokio::select! {
+        () = tokio::time::sleep_until(until) => true,
+        () = pipeline.drain.cancelled() => false,
+        () = pipeline.owner.fenced.cancelled() => false,
+    }
+}
+
+/// Waits until something may be written.
+async fn leased(pipeline: &mut Pipeline) -> Result<(), Ended> {
+    loop {
+        if Instant::now() < *pipeline.valid_until.borrow_and_update() {
+            return Ok(());
+        }
+        tokio::select! {
+            changed = pipeline.valid_until.changed() => changed.map_err(|_| session_over())?,
+            () = pipeline.drain.cancelled() => return Err(Ended::Stopped),
+            () = pipeline.owner.fenced.cancelled() => return Err(Ended::Stopped),
+        }
+    }
+}
+
+/// Takes over from Kafka's position what PostgreSQL's cursor does not say. Answers which parked events were delivered.
+fn reconcile(cursor: &mut StoredCursor, position: Option<Position>, epoch: i64, name: &str) -> Vec<i64> {
+    let known = match (&position, cursor.windows.as_slice()) {
+        // Nothing has been committed yet: not even the first window's first batch.
+        (None, [] | [_]) => return Vec::new(),
+        (None, _) => None,
+        (Some(position), _) if position.epoch != epoch => None,
+        (Some(position), []) => position.window.is_nil().then_some(position),
+        (Some(position), windows) => windows.contains(&position.window).then_some(position),
+    };
+    let Some(position) = known else {
+        let hint = "what was delivered beyond PostgreSQL's cursor is delivered again; after a rewind that is meant so";
+        tracing::error!(
+            subscription = name,
+            hint,
+            "the position in Kafka is of no window that PostgreSQL knows: it falls back to PostgreSQL's cursor"
+        );
+        return Vec::new();
+    };
+    if cursor.target.is_some() && cursor.windows.last() == Some(&position.window) {
+        cursor.acked = cursor.acked.max(position.last_seq);
+    }
+    position.done.clone()
+}
+
+fn settlement(seq: i64, what: Leave, outcome: Option<&Outcome>) -> Settlement {
+    let history: Vec<Attempt> =
+        outcome.map(|outcome| Attempt::new(jiff::Timestamp::now(), outcome)).into_iter().collect();
+    Settlement { seq, what, attempts: history.len() as u32, history, next: None }
+}
+
+/// One writer's time.
+struct Once<'a> {
+    pipeline: &'a mut Pipeline,
+    writer: OnceWriter,
+    is_single: bool,
+    reader: Reader,
+    progress: FlowProgress,
+    /// The window before the last, and the last; see [`Cursor`].
+    windows: Vec<Uuid>,
+    /// The end of the last one, while it is being delivered.
+    open: Option<Arc<Mark>>,
+    parked: Vec<Parked>,
+    /// Transactions so far.
+    committed: usize,
+}
+
+impl<'a> Once<'a> {
+    async fn begin(pipeline: &'a mut Pipeline, sink: Arc<KafkaSink>, is_single: bool) -> Result<Self, Ended> {
+        leased(pipeline).await?;
+        let era = pipeline.eras.last().copied().unwrap_or_default();
+        let unit = pipeline.wanted.unit;
+        let name = format!("dtm-{:08x}-{}-{}", era.cast_unsigned(), unit.subscription, unit.shard);
+        let begun = tokio::select! {
+            begun = OnceWriter::begin(sink, &name, is_single) => begun,
+            () = pipeline.drain.cancelled() => return Err(Ended::Stopped),
+            () = pipeline.owner.fenced.cancelled() => return Err(Ended::Stopped),
+        };
+        let (writer, position) = begun.map_err(Ended::again)?;
+        // After the writer has begun: what an earlier one has moved is stored or never will be.
+        let stored = pipeline.pages.resume(unit, pipeline.owner.epoch).await?;
+        let (mut cursor, parked) =
+            stored.ok_or_else(|| Ended::again("it has no cursor; dtm.rewind sets one"))?;
+        let done = reconcile(&mut cursor, position, pipeline.owner.epoch, &pipeline.name);
+        let windows = cursor.windows.clone();
+        let open = cursor.target.clone().filter(|_| !windows.is_empty());
+        let ahead = Ahead::delivered(cursor.ahead.iter().copied());
+        let eras = pipeline.eras.clone();
+        let (reader, progress) =
+            Reader::new(cursor, ahead, eras).map_err(|error| Ended::again(error.to_string()))?;
+        let (done, parked): (Vec<Parked>, Vec<Parked>) =
+            parked.into_iter().filter(|row| !row.blocks).partition(|row| done.contains(&row.seq));
+        let once =
+            Once { pipeline, writer, is_single, reader, progress, windows, open, parked, committed: 0 };
+        once.store(done.iter().map(|row| settlement(row.seq, Leave::Done, None)).collect()).await?;
+        Ok(once)
+    }
+
+    async fn deliver(&mut self) -> Result<Infallible, Ended> {
+        for rows in std::mem::take(&mut self.parked).chunks(PARKED_AT_ONCE) {
+            let seqs: Vec<i64> = rows.iter().map(|row| row.seq).collect();
+            self.deliver_parked(&seqs).await?;
+        }
+        let mut next: Option<Reading> = None;
+        loop {
+            if self.is_single && self.committed > 0 {
+                return Err(Ended::Again { why: None, single: false });
+            }
+            let Some(reading) = next.take() else {
+                next = self.read_on().await?;
+                continue;
+            };
+            let Reading { piece, room, page } = reading;
+            let (page, bytes) = self.read(page).await?;
+            let held = self.pipeline.share.hold(room, bytes);
+            let from = self.progress.frontier().position;
+            let (mut tickets, mut events) = (Vec::new(), Vec::new());
+            for event in page.events {
+                if let Some(ticket) = self.progress.push(event.seq, LaneName::Own(event.seq)) {
+                    tickets.push(ticket);
+                    events.push(event);
+                }
+            }
+            self.progress.scanned(page.scanned, page.done);
+            self.reader.read(page.scanned, page.done);
+            if !page.done {
+                // The window's next page comes while this one is written.
+                next = self.begin_to_read();
+            }
+            if !(events.is_empty() && page.done) {
+                self.open(&piece, from).await?;
+            }
+            let covers = events.len();
+            self.write(tickets, events).await?;
+            drop(held);
+            self.progress.advance(&mut Vec::new());
+            if page.done {
+                self.open = None;
+            }
+            self.pipeline.cursors.moved(&self.pipeline.owner, self.cursor(), Vec::new(), covers);
+        }
+    }
+
+    /// The next piece of the log, as soon as there is one.
+    async fn read_on(&mut self) -> Result<Option<Reading>, Ended> {
+        leased(self.pipeline).await?;
+        let reading = self.begin_to_read();
+        if reading.is_some() {
+            return Ok(reading);
+        }
+        let head = self.pipeline.heads.borrow_and_update().clone();
+        let lacks_room = self.reader.next(head.as_ref(), &mut self.progress).is_some();
+        tokio::select! {
+            changed = self.pipeline.heads.changed(), if !lacks_room => changed.map_err(|_| session_over())?,
+            () = tokio::time::sleep(ROOM_AGAIN), if lacks_room => {}
+            () = self.pipeline.drain.cancelled() => return Err(self.stopped().await),
+            () = self.pipeline.owner.fenced.cancelled() => return Err(Ended::Stopped),
+        }
+        Ok(None)
+    }
+
+    /// Begins to read the next piece, if there is one, and room for it.
+    fn begin_to_read(&mut self) -> Option<Reading> {
+        let head = self.pipeline.heads.borrow_and_update().clone();
+        let piece = self.reader.next(head.as_ref(), &mut self.progress)?;
+        let room = self.pipeline.share.room(BATCH_BYTES)?;
+        let max_bytes = i32::try_from(room.bytes()).unwrap_or(i32::MAX);
+        let (from, to, after) = (piece.from.clone(), piece.to.clone(), piece.after);
+        let request = PageRequest { from, to, after, max_rows: BATCH_EVENTS, max_bytes };
+        let (pages, wanted) = (self.pipeline.pages.clone(), self.pipeline.wanted.clone());
+        let page = tokio::spawn(async move { pages.read(&request, &wanted).await });
+        Some(Reading { piece, room, page })
+    }
+
+    async fn read(
+        &mut self,
+        page: JoinHandle<Result<(Page, usize), SourceError>>,
+    ) -> Result<(Page, usize), Ended> {
+        tokio::select! {
+            read = page => match read {
+                Ok(read) => Ok(read?),
+                Err(error) => Err(Ended::Source(SourceError::Unreachable(format!("reading a page failed: {error}")))),
+            },
+            () = self.pipeline.drain.cancelled() => Err(self.stopped().await),
+            () = self.pipeline.owner.fenced.cancelled() => Err(Ended::Stopped),
+        }
+    }
+
+    /// Before anything of a window is written, PostgreSQL knows it.
+    async fn open(&mut self, piece: &Piece, from: Arc<Mark>) -> Result<(), Ended> {
+        if self.open.is_some() {
+            return Ok(());
+        }
+        let last = self.windows.last().copied();
+        self.windows = last.into_iter().chain([Uuid::new_v4()]).collect();
+        self.open = Some(piece.to.clone());
+        let cursor = Cursor { position: from, ..self.cursor() };
+        self.store_cursor(cursor, Vec::new()).await
+    }
+
+    /// Writes a batch of the window that is open, but for what Kafka refuses.
+    async fn write(&mut self, mut tickets: Vec<Ticket>, events: Vec<Event>) -> Result<(), Ended> {
+        let mut events = Arc::new(events);
+        while let Some(last) = events.last() {
+            let position = self.position(last.seq, Vec::new());
+            let Some(refused) = self.commit(&events, position).await? else {
+                tickets.iter().for_each(|ticket| self.progress.ack(*ticket));
+                return Ok(());
+            };
+            // They are dead letters before anything that comes after them is written.
+            self.bury(&events, &refused, Leave::Bury).await?;
+            let (gone, kept): (Vec<usize>, Vec<usize>) =
+                (0..events.len()).partition(|at| refused.iter().any(|(number, _)| number == at));
+            gone.iter().for_each(|&at| self.progress.ack(tickets[at]));
+            tickets = kept.iter().map(|&at| tickets[at]).collect();
+            events = Arc::new(kept.iter().map(|&at| events[at].clone()).collect());
+        }
+        Ok(())
+    }
+
+    async fn deliver_parked(&mut self, seqs: &[i64]) -> Result<(), Ended> {
+        // Those that are missing have been discarded.
+        let (events, _) = self.pipeline.pages.parked_events(self.pipeline.wanted.unit, seqs).await?;
+        let mut events = Arc::new(events);
+        while !events.is_empty() {
+            let done: Vec<i64> = events.iter().map(|event| event.seq).collect();
+            let position = self.position(self.progress.frontier().acked, done.clone());
+            let Some(refused) = self.commit(&events, position).await? else {
+                let done = done.iter().map(|&seq| settlement(seq, Leave::Done, None));
+                return self.store(done.collect()).await;
+            };
+            self.bury(&events, &refused, Leave::Die).await?;
+            let is_kept = |at: &usize| refused.iter().all(|(number, _)| number != at);
+            events = Arc::new((0..events.len()).filter(is_kept).map(|at| events[at].clone()).collect());
+        }
+        Ok(())
+    }
+
+    /// Answers what of the batch is refused, if anything is.
+    async fn commit(
+        &mut self,
+        events: &Arc<Vec<Event>>,
+        position: Position,
+    ) -> Result<Option<Vec<(usize, Outcome)>>, Ended> {
+        leased(self.pipeline).await?;
+        let (drain, patience) = (self.pipeline.drain.clone(), self.pipeline.bounds.drain);
+        let given_up = async {
+            drain.cancelled().await;
+            tokio::time::sleep(patience).await;
+        };
+        let written = tokio::select! {
+            written = self.writer.write(events.clone(), position) => written,
+            () = given_up => {
+                tracing::warn!(subscription = self.pipeline.name, "a transaction is given up; its successor finds out how it ended");
+                return Err(Ended::Stopped);
+            }
+        };
+        match written {
+            Ok(()) => {
+                self.committed += 1;
+                Ok(None)
+            }
+            Err(NotCommitted::Refused(refused)) => {
+                if refused.len() == events.len() && refused.len() >= REFUSED_ALL {
+                    return Err(Ended::again(format!(
+                        "all of {} records are refused: {}",
+                        refused.len(),
+                        refused[0].1
+                    )));
+                }
+                Ok(Some(refused))
+            }
+            Err(NotCommitted::SomeRefused) => Err(Ended::Again { why: None, single: true }),
+            Err(NotCommitted::Fenced) => {
+                // If it is another relay's by now, the database says so.
+                self.store(Vec::new()).await?;
+                Err(Ended::again("another relay has begun to write for this subscription"))
+            }
+            Err(NotCommitted::Unknown(why)) => Err(Ended::again(why)),
+        }
+    }
+
+    async fn bury(
+        &mut self,
+        events: &[Event],
+        refused: &[(usize, Outcome)],
+        how: Leave,
+    ) -> Result<(), Ended> {
+        for (at, outcome) in refused {
+            let (id, topic) = (events[*at].id, &*events[*at].topic);
+            tracing::error!(subscription = self.pipeline.name, %id, topic, "an event is a dead letter: {outcome}");
+        }
+        let buried = refused.iter().map(|(at, outcome)| settlement(events[*at].seq, how, Some(outcome)));
+        self.store(buried.collect()).await
+    }
+
+    fn position(&self, last_seq: i64, done: Vec<i64>) -> Position {
+        let window = self.windows.last().copied().unwrap_or_default();
+        Position { window, epoch: self.pipeline.owner.epoch, last_seq, done }
+    }
+
+    fn cursor(&self) -> Cursor {
+        let frontier = self.progress.frontier();
+        let acked = frontier.acked;
+        // A window that is open stays so in the database, also before anything of it is delivered.
+        let target = self.open.clone().or(frontier.target);
+        Cursor {
+            position: frontier.position,
+            target,
+            acked,
+            ahead: Vec::new(),
+            windows: self.windows.clone(),
+        }
+    }
+
+    /// Stores how far it has come and what became of events, and waits for it.
+    async fn store(&self, settlements: Vec<Settlement>) -> Result<(), Ended> {
+        self.store_cursor(self.cursor(), settlements).await
+    }
+
+    async fn store_cursor(&self, cursor: Cursor, settlements: Vec<Settlement>) -> Result<(), Ended> {
+        let Pipeline { cursors, owner, .. } = &*self.pipeline;
+        cursors.moved(owner, cursor, settlements, 1);
+        cursors.barrier(owner).await;
+        if owner.fenced.is_cancelled() { Err(Ended::Stopped) } else { Ok(()) }
+    }
+
+    /// The pipeline is asked to end: its last cursor is stored.
+    async fn stopped(&mut self) -> Ended {
+        self.store(Vec::new()).await.err().unwrap_or(Ended::Stopped)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dtm_core::position::Position as LogPosition;
+
+    use super::*;
+
+    const FIRST: Uuid = Uuid::from_u128(1);
+    const SECOND: Uuid = Uuid::from_u128(2);
+
+    fn cursor(windows: &[Uuid], is_open: bool) -> StoredCursor {
+        let mark = || Mark::new(LogPosition::start_of_era(1));
+        StoredCursor {
+            position: mark(),
+            target: is_open.then(mark),
+            acked: 10,
+            ahead: Vec::new(),
+            windows: windows.to_vec(),
+        }
+    }
+
+    fn reconciled(mut cursor: StoredCursor, window: Uuid, epoch: i64, last_seq: i64) -> (i64, Vec<i64>) {
+        let position = Position { window, epoch, last_seq, done: vec![3] };
+        let done = reconcile(&mut cursor, Some(position), 1, "s");
+        (cursor.acked, done)
+    }
+
+    #[test]
+    fn kafka_is_believed_only_of_the_window_that_is_open() {
+        assert_eq!(reconciled(cursor(&[FIRST, SECOND], true), SECOND, 1, 20), (20, vec![3]));
+        assert_eq!(
+            reconciled(cursor(&[FIRST, SECOND], true), SECOND, 1, 5),
+            (10, vec![3]),
+            "PostgreSQL is ahead"
+        );
+        // Numbers of another window say nothing: a late transaction's lie below them.
+        assert_eq!(reconciled(cursor(&[FIRST, SECOND], true), FIRST, 1, 20), (10, vec![3]));
+        assert_eq!(reconciled(cursor(&[FIRST], false), FIRST, 1, 20), (10, vec![3]));
+    }
+
+    #[test]
+    fn an_unknown_window_or_an_earlier_epoch_falls_back_to_the_cursor() {
+        let unknown = Uuid::from_u128(9);
+        assert_eq!(reconciled(cursor(&[FIRST, SECOND], true), unknown, 1, 20), (10, vec![]));
+        assert_eq!(reconciled(cursor(&[FIRST, SECOND], true), SECOND, 0, 20), (10, vec![]));
+        assert_eq!(reconciled(cursor(&[], true), FIRST, 1, 20), (10, vec![]));
+        assert_eq!(
+            reconciled(cursor(&[], false), Uuid::nil(), 1, 0),
+            (10, vec![3]),
+            "only parked events so far"
+        );
+        let mut stored = cursor(&[FIRST, SECOND], true);
+        assert!(reconcile(&mut stored, None, 1, "s").is_empty());
+        assert_eq!(stored.acked, 10);
+    }
+}
