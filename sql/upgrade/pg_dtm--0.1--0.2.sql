@@ -9,6 +9,8 @@ ALTER TABLE dtm.subscription ADD CHECK (state IN ('active', 'paused', 'disabled'
 ALTER TABLE dtm.subscription ADD COLUMN revision bigint NOT NULL DEFAULT 0;
 ALTER TABLE dtm.cursor_log_1 ADD COLUMN ahead bigint[];
 ALTER TABLE dtm.cursor_log_2 ADD COLUMN ahead bigint[];
+ALTER TABLE dtm.cursor_log_1 ADD COLUMN windows uuid[];
+ALTER TABLE dtm.cursor_log_2 ADD COLUMN windows uuid[];
 ALTER TABLE dtm.heartbeat_log_1 ADD COLUMN shares boolean NOT NULL DEFAULT false;
 -- Named as CREATE TABLE … LIKE names it, from PostgreSQL 18 on.
 ALTER TABLE dtm.heartbeat_log_2 ADD COLUMN shares boolean CONSTRAINT heartbeat_log_1_shares_not_null NOT NULL DEFAULT false;
@@ -306,10 +308,10 @@ $$;
 
 -- Where a subscription goes on, and what is delivered beyond acked. No row: it has no cursor, and must not be delivered.
 CREATE FUNCTION dtm.relay_resume(subscription bigint, shard int, epoch bigint)
-RETURNS TABLE ("position" text, target text, acked bigint, ahead bigint[])
+RETURNS TABLE ("position" text, target text, acked bigint, ahead bigint[], windows uuid[])
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT p.body, t.body, c.acked, c.ahead
+    SELECT p.body, t.body, c.acked, c.ahead, c.windows
     FROM (SELECT * FROM dtm.cursor_log l
           WHERE l.subscription = relay_resume.subscription AND l.shard = relay_resume.shard AND l.epoch = relay_resume.epoch
           ORDER BY l.id DESC LIMIT 1) c
@@ -630,7 +632,7 @@ $$;
 -- positions which are no longer stored: they have to be told anew.
 CREATE FUNCTION dtm.relay_store(
     new_positions text[], subscriptions bigint[], shards int[], epochs bigint[], tokens bigint[],
-    positions bigint[], targets bigint[], acked bigint[], ahead text[],
+    positions bigint[], targets bigint[], acked bigint[], ahead text[], windows text[],
     "of" int[], seqs bigint[], what text[], attempts int[], next_in float8[], histories jsonb[],
     OUT position_ids bigint[], OUT fenced int[], OUT busy int[], OUT broken int[], OUT stale int[])
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
@@ -655,11 +657,12 @@ BEGIN
         broken := dtm.without_event("of", seqs, what);
     END IF;
     WITH asked AS (
-        SELECT m.at::int AS at, m.subscription, m.shard, m.epoch, m.token, m.acked, m.ahead::bigint[] AS ahead,
+        SELECT m.at::int AS at, m.subscription, m.shard, m.epoch, m.token, m.acked, m.ahead::bigint[] AS ahead, m.windows::uuid[] AS windows,
                CASE WHEN m."position" < 0 THEN position_ids[-m."position"] ELSE m."position" END AS "position",
                CASE WHEN m.target < 0 THEN position_ids[-m.target] ELSE m.target END AS target
-        FROM unnest(subscriptions, shards, epochs, tokens, positions, targets, relay_store.acked, relay_store.ahead)
-             WITH ORDINALITY AS m (subscription, shard, epoch, token, "position", target, acked, ahead, at)
+        FROM unnest(subscriptions, shards, epochs, tokens, positions, targets, relay_store.acked, relay_store.ahead,
+                    relay_store.windows)
+             WITH ORDINALITY AS m (subscription, shard, epoch, token, "position", target, acked, ahead, windows, at)
         WHERE m.at <> ALL (busy || broken || stale)
     ), granted AS MATERIALIZED (
         SELECT nextval('dtm.cursor_id_seq') AS id, a.*
@@ -668,11 +671,11 @@ BEGIN
         WHERE a.token = (SELECT l.token FROM dtm.lease_log l
                          WHERE l.subscription = a.subscription AND l.shard = a.shard ORDER BY l.token DESC LIMIT 1)
     ), first AS (
-        INSERT INTO dtm.cursor_log_1 (id, subscription, shard, epoch, token, "position", target, acked, ahead)
-        SELECT id, subscription, shard, epoch, token, "position", target, acked, ahead FROM granted WHERE segment = 1
+        INSERT INTO dtm.cursor_log_1 (id, subscription, shard, epoch, token, "position", target, acked, ahead, windows)
+        SELECT id, subscription, shard, epoch, token, "position", target, acked, ahead, windows FROM granted WHERE segment = 1
     ), second AS (
-        INSERT INTO dtm.cursor_log_2 (id, subscription, shard, epoch, token, "position", target, acked, ahead)
-        SELECT id, subscription, shard, epoch, token, "position", target, acked, ahead FROM granted WHERE segment = 2
+        INSERT INTO dtm.cursor_log_2 (id, subscription, shard, epoch, token, "position", target, acked, ahead, windows)
+        SELECT id, subscription, shard, epoch, token, "position", target, acked, ahead, windows FROM granted WHERE segment = 2
     )
     SELECT coalesce(array_agg(at), '{}') INTO moved FROM granted;
     fenced := ARRAY(SELECT generate_subscripts(subscriptions, 1) EXCEPT SELECT unnest(moved)
