@@ -307,3 +307,7 @@ impl<T> Drop for KafkaSender<T> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "kafka_tests.rs"]
+mod tests;

@@ -21,31 +21,34 @@ pub fn configured(cluster: &Cluster, database: &str, broker: &str, more: &str) -
     )
 }
 
-async fn shop() -> (Cluster, Client) {
+/// A database with the extension.
+pub async fn shop() -> (Cluster, Client) {
     let cluster = Cluster::builder().preload().start().await;
     cluster.create_database("shop").await;
     let client = cluster.connect("shop").await;
     (cluster, client)
 }
 
-async fn subscribe(client: &Client, name: &str, topics: &str, destination: &str, options: &str) {
+/// Subscribes a destination.
+pub async fn subscribe(client: &Client, name: &str, topics: &str, destination: &str, options: &str) {
     let sql = format!("SELECT dtm.subscribe('{name}', '{topics}', $1, '{options}')");
     client.execute(&sql, &[&destination]).await.expect("subscribe");
 }
 
 /// Numbers 1, 2, 3 … under so many keys, all in one transaction.
-async fn publish(client: &Client, topic: &str, first: i32, last: i32, keys: i32) {
+pub async fn publish(client: &Client, topic: &str, first: i32, last: i32, keys: i32) {
     let sql = "SELECT count(dtm.publish($1, to_jsonb(n), key => 'k' || n % $4)) FROM generate_series($2::int, $3) n";
     client.execute(sql, &[&topic, &first, &last, &keys]).await.expect("publish");
 }
 
-fn values(records: &[Record]) -> Vec<i32> {
+/// The numbers that records carry.
+pub fn values(records: &[Record]) -> Vec<i32> {
     let text = |record: &Record| String::from_utf8(record.value.clone().unwrap_or_default()).expect("text");
     records.iter().map(|record| text(record).parse().expect("a number")).collect()
 }
 
 /// Each key's numbers, at their first arrival, are in order and all there.
-fn assert_in_order(records: &[Record], last: i32, keys: i32) {
+pub fn assert_in_order(records: &[Record], last: i32, keys: i32) {
     let all = values(records);
     for key in 0..keys {
         let mut of_key: Vec<i32> = Vec::new();

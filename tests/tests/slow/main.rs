@@ -11,6 +11,7 @@ mod https;
 mod kafka;
 mod kafka_crash;
 mod kafka_kit;
+mod kafka_once;
 mod load;
 mod numbered;
 mod operations;
