@@ -20,7 +20,7 @@ pub enum Class {
     Failed,
     /// The service says that it will never take this (400, 413, 415, 422). It may be wrong: a gateway can say so to all.
     Refused,
-    /// It cannot be sent at all, to whatever service.
+    /// It cannot be sent at all, or the service has looked at this very thing and will never take it.
     Unsendable,
     /// It was taken back since another call failed, and goes again after that. It may have arrived.
     Withdrawn,

@@ -91,14 +91,8 @@ pub struct Context {
 }
 
 impl ClientContext for Context {
-    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
-        let cluster = &*self.cluster;
-        match level {
-            RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
-                tracing::warn!(cluster, "librdkafka: {facility} {message}");
-            }
-            _ => tracing::debug!(cluster, "librdkafka: {facility} {message}"),
-        }
+    fn log(&self, _: RDKafkaLogLevel, facility: &str, message: &str) {
+        tracing::debug!(cluster = &*self.cluster, "librdkafka: {facility} {message}");
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
@@ -110,7 +104,10 @@ impl ClientContext for Context {
                     "no broker can be reached; what is on its way waits for them: {reason}"
                 );
             }
-            Some(Code::Fatal) => self.failed.store(true, Ordering::Release),
+            Some(Code::Fatal) => {
+                self.failed.store(true, Ordering::Release);
+                tracing::info!(cluster, "a producer has stopped, another one goes on: {reason}");
+            }
             Some(Code::Authentication | Code::SSL | Code::SaslAuthenticationFailed) => {
                 tracing::error!(cluster, "{error}: {reason}");
             }

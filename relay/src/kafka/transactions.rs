@@ -4,7 +4,6 @@
 //! Whatever happens in a transaction that is not a clean end leaves it open which of the two ends it had: then the producer
 //! is given up, and its successor, which fences it, finds out.
 
-use std::cell::Cell;
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::message::Message as _;
-use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext};
+use rdkafka::producer::{BaseRecord, DeliveryResult, Producer as _, ProducerContext, ThreadedProducer};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -25,9 +24,8 @@ use crate::calls::outcome::{Class, Outcome};
 const TRANSACTION_MS: &str = "30000";
 /// For the coordinator to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
-/// So many records are handed over before answers are looked at.
-const AT_ONCE: usize = 1_000;
-const ROOM_WITHIN: Duration = Duration::from_millis(10);
+/// Between two looks for room.
+const ROOM_AGAIN: Duration = Duration::from_millis(1);
 
 /// Why a transaction was not committed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -126,7 +124,7 @@ impl ClientContext for Failures {
 impl Failures {
     fn failed(&self, number: usize, topic: &str, code: Code) {
         let outcome = verdict::of_record(topic, code, true);
-        if outcome.class == Class::Refused && number != OURS {
+        if outcome.class == Class::Unsendable && number != OURS {
             self.refused().push((number, outcome));
         }
     }
@@ -151,7 +149,7 @@ impl ProducerContext for Failures {
 const OURS: usize = usize::MAX;
 
 struct Named {
-    producer: BaseProducer<Failures>,
+    producer: ThreadedProducer<Failures>,
     name: String,
 }
 
@@ -171,7 +169,7 @@ impl Named {
             is_single: config.get("batch.num.messages") == Some("1"),
             refused: Mutex::default(),
         };
-        let producer: BaseProducer<Failures> =
+        let producer: ThreadedProducer<Failures> =
             config.create_with_context(context).map_err(|error| error.to_string())?;
         producer.init_transactions(ANSWER_WITHIN).map_err(|error| error.to_string())?;
         let named = Named { producer, name };
@@ -186,7 +184,7 @@ impl Named {
         let failures: &Failures = self.producer.context();
         failures.refused().clear();
         self.producer.begin_transaction().map_err(|error| unknown(&error))?;
-        let ended = write(&Open { producer: &self.producer, sent: Cell::new(0) })
+        let ended = write(&Open { producer: &self.producer })
             .and_then(|()| self.send_position(entry))
             .and_then(|()| self.producer.commit_transaction(ANSWER_WITHIN).map_err(|error| unknown(&error)));
         let problem = match ended {
@@ -215,23 +213,18 @@ impl Named {
             headers: None,
             delivery_opaque: (),
         };
-        Open { producer: &self.producer, sent: Cell::new(0) }.send(record, OURS)
+        Open { producer: &self.producer }.send(record, OURS)
     }
 }
 
 /// A transaction that is open.
 pub struct Open<'a> {
-    producer: &'a BaseProducer<Failures>,
-    sent: Cell<usize>,
+    producer: &'a ThreadedProducer<Failures>,
 }
 
 impl Open<'_> {
     /// Hands over a record. Where it is refused, that is known by this number.
     pub fn send(&self, record: BaseRecord<'_, [u8], [u8]>, number: usize) -> Result<(), NotCommitted> {
-        self.sent.set(self.sent.get() + 1);
-        if self.sent.get().is_multiple_of(AT_ONCE) {
-            self.producer.poll(Duration::ZERO);
-        }
         let BaseRecord { topic, partition, payload, key, timestamp, headers, .. } = record;
         let mut record =
             BaseRecord { topic, partition, payload, key, timestamp, headers, delivery_opaque: number };
@@ -239,7 +232,7 @@ impl Open<'_> {
             let Err((error, back)) = self.producer.send(record) else { return Ok(()) };
             match error.rdkafka_error_code() {
                 Some(Code::QueueFull) => {
-                    self.producer.poll(ROOM_WITHIN);
+                    std::thread::sleep(ROOM_AGAIN);
                     record = back;
                 }
                 code => {

@@ -5,7 +5,8 @@ use rdkafka::types::RDKafkaErrorCode as Code;
 
 use crate::calls::outcome::{Class, Outcome};
 
-/// What came of a record. `alone`: it was the only one in its batch, so that what the broker says is said of it.
+/// What came of a record. `alone`: it was the only one in its batch, so that what the broker says is said of it. A broker has
+/// looked at the record, other than a gateway in front of an HTTP endpoint: what it refuses it always will.
 pub fn of_record(topic: &str, code: Code, alone: bool) -> Outcome {
     let class = match code {
         Code::InvalidRecord
@@ -18,7 +19,7 @@ pub fn of_record(topic: &str, code: Code, alone: bool) -> Outcome {
         | Code::BadMessage
             if alone =>
         {
-            Class::Refused
+            Class::Unsendable
         }
         Code::ClusterAuthorizationFailed
         | Code::InvalidTopic
@@ -47,7 +48,7 @@ mod tests {
     #[test]
     fn a_refusal_counts_only_for_a_record_that_was_alone() {
         for code in [Code::InvalidRecord, Code::MessageSizeTooLarge] {
-            assert_eq!(of_record("t", code, true).class, Class::Refused);
+            assert_eq!(of_record("t", code, true).class, Class::Unsendable);
             assert_eq!(of_record("t", code, false).class, Class::Withdrawn);
         }
         assert_eq!(of_record("t", Code::PurgeQueue, true).class, Class::Withdrawn);

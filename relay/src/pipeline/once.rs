@@ -36,8 +36,6 @@ const BATCH_EVENTS: i32 = 10_000;
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// Parked events of a transaction at the most.
 const PARKED_AT_ONCE: usize = 100;
-/// If so many are refused without exception, it is not their fault.
-const REFUSED_ALL: usize = 3;
 /// Between two attempts, while the cluster or a topic is away.
 const AGAIN_MIN: Duration = Duration::from_millis(200);
 const AGAIN_MAX: Duration = Duration::from_secs(10);
@@ -382,16 +380,7 @@ impl<'a> Once<'a> {
                 self.committed += 1;
                 Ok(None)
             }
-            Err(NotCommitted::Refused(refused)) => {
-                if refused.len() == events.len() && refused.len() >= REFUSED_ALL {
-                    return Err(Ended::again(format!(
-                        "all of {} records are refused: {}",
-                        refused.len(),
-                        refused[0].1
-                    )));
-                }
-                Ok(Some(refused))
-            }
+            Err(NotCommitted::Refused(refused)) => Ok(Some(refused)),
             Err(NotCommitted::SomeRefused) => Err(Ended::Again { why: None, single: true }),
             Err(NotCommitted::Fenced) => {
                 // If it is another relay's by now, the database says so.

@@ -81,7 +81,7 @@ impl KafkaSink {
         if record.size > limits.message_bytes && !self.cluster.settings().compresses() {
             let (size, most) = (record.size, limits.message_bytes);
             let error = format!("a record of {size} bytes; topic {topic} has max.message.bytes = {most}");
-            return Err(Outcome::without_answer(Class::Refused, error));
+            return Err(Outcome::without_answer(Class::Unsendable, error));
         }
         Ok(record)
     }
@@ -276,7 +276,9 @@ impl<T: AsRef<Event> + Send + 'static> KafkaSender<T> {
                 Some(code) => verdict::of_record(&topic, code, is_single),
             };
             match outcome.class {
-                Class::Accepted | Class::Refused if is_single => self.single = self.single.saturating_sub(1),
+                Class::Accepted | Class::Unsendable if is_single => {
+                    self.single = self.single.saturating_sub(1)
+                }
                 Class::Accepted => {}
                 _ => {
                     // Whatever it was, it is not to trouble those that share the producer: until all is well again, what is

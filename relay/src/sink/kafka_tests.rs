@@ -123,7 +123,7 @@ async fn what_is_refused_with_its_batch_is_judged_alone() {
     mock.fail(&[too_large, too_large]);
     let (ended, withdrawn) = mock.deliver(1..=200).await;
     let refused: Vec<i64> =
-        ended.iter().filter(|(_, class)| **class == Class::Refused).map(|(seq, _)| *seq).collect();
+        ended.iter().filter(|(_, class)| **class == Class::Unsendable).map(|(seq, _)| *seq).collect();
     assert_eq!((ended.len(), refused.len()), (200, 1), "{refused:?}");
     assert!(withdrawn > 0);
     let (ended, _) = mock.deliver(1..=200).await;
