@@ -13,7 +13,10 @@ CREATE TABLE dtm.subscription (
     since       timestamptz,                  -- events published before are passed over
     epoch       bigint      NOT NULL DEFAULT 1, -- raised by rewind: cursors of an earlier epoch are void
     created_at  timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
-    revision    bigint      NOT NULL DEFAULT 0 -- raised by what makes its relays begin anew from what is stored
+    revision    bigint      NOT NULL DEFAULT 0, -- raised by what makes its relays begin anew from what is stored
+    started_at  timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(), -- when it was made, or rewound last
+    state_before text,                        -- of one that is dropped: what it was until then …
+    reason_before text                        -- … and why
 );
 
 -- Positions and cursors are appended, never updated: an updated row grows without end while anything holds the xmin
@@ -253,13 +256,15 @@ END
 $$;
 
 -- A dropped subscription has lost events: nobody shall go on past that without saying so.
+-- The row stays locked: else it could be dropped between this and what its caller does.
 CREATE FUNCTION dtm.check_not_dropped(name text) RETURNS void
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    state text;
     why text;
 BEGIN
-    SELECT s.reason INTO why FROM dtm.subscription s WHERE s.name = check_not_dropped.name AND s.state = 'dropped';
-    IF FOUND THEN
+    SELECT s.state, s.reason INTO state, why FROM dtm.subscription s WHERE s.name = check_not_dropped.name FOR NO KEY UPDATE;
+    IF state = 'dropped' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = 'the subscription was dropped',
@@ -299,8 +304,10 @@ BEGIN
     PERFORM dtm.check_start_at(start_at);
     subscription_id := dtm.lock_settlements(name);
     UPDATE dtm.subscription AS s
-    SET epoch = s.epoch + 1, state = CASE s.state WHEN 'dropped' THEN 'active' ELSE s.state END,
-        reason = CASE s.state WHEN 'dropped' THEN NULL ELSE s.reason END
+    SET epoch = s.epoch + 1, started_at = clock_timestamp(),
+        state = CASE s.state WHEN 'dropped' THEN s.state_before ELSE s.state END,
+        reason = CASE s.state WHEN 'dropped' THEN s.reason_before ELSE s.reason END,
+        state_before = NULL, reason_before = NULL
     WHERE s.id = subscription_id;
     IF NOT FOUND THEN
         PERFORM dtm.raise_no_subscription(name);

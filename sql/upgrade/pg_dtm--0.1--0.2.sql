@@ -7,6 +7,9 @@
 ALTER TABLE dtm.subscription DROP CONSTRAINT subscription_state_check;
 ALTER TABLE dtm.subscription ADD CHECK (state IN ('active', 'paused', 'disabled', 'dropped'));
 ALTER TABLE dtm.subscription ADD COLUMN revision bigint NOT NULL DEFAULT 0;
+ALTER TABLE dtm.subscription ADD COLUMN started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp();
+ALTER TABLE dtm.subscription ADD COLUMN state_before text;
+ALTER TABLE dtm.subscription ADD COLUMN reason_before text;
 ALTER TABLE dtm.cursor_log_1 ADD COLUMN ahead bigint[];
 ALTER TABLE dtm.cursor_log_2 ADD COLUMN ahead bigint[];
 ALTER TABLE dtm.heartbeat_log_1 ADD COLUMN shares boolean NOT NULL DEFAULT false;
@@ -88,13 +91,15 @@ END
 $$;
 
 -- A dropped subscription has lost events: nobody shall go on past that without saying so.
+-- The row stays locked: else it could be dropped between this and what its caller does.
 CREATE FUNCTION dtm.check_not_dropped(name text) RETURNS void
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    state text;
     why text;
 BEGIN
-    SELECT s.reason INTO why FROM dtm.subscription s WHERE s.name = check_not_dropped.name AND s.state = 'dropped';
-    IF FOUND THEN
+    SELECT s.state, s.reason INTO state, why FROM dtm.subscription s WHERE s.name = check_not_dropped.name FOR NO KEY UPDATE;
+    IF state = 'dropped' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = 'the subscription was dropped',
@@ -218,8 +223,10 @@ BEGIN
     PERFORM dtm.check_start_at(start_at);
     subscription_id := dtm.lock_settlements(name);
     UPDATE dtm.subscription AS s
-    SET epoch = s.epoch + 1, state = CASE s.state WHEN 'dropped' THEN 'active' ELSE s.state END,
-        reason = CASE s.state WHEN 'dropped' THEN NULL ELSE s.reason END
+    SET epoch = s.epoch + 1, started_at = clock_timestamp(),
+        state = CASE s.state WHEN 'dropped' THEN s.state_before ELSE s.state END,
+        reason = CASE s.state WHEN 'dropped' THEN s.reason_before ELSE s.reason END,
+        state_before = NULL, reason_before = NULL
     WHERE s.id = subscription_id;
     IF NOT FOUND THEN
         PERFORM dtm.raise_no_subscription(name);
@@ -952,10 +959,26 @@ COMMENT ON FUNCTION dtm.redrive(text, uuid[], text, timestamptz, int, boolean) I
 COMMENT ON FUNCTION dtm.discard(text, uuid[], text, timestamptz, int, boolean) IS
     'Deletes dead letters: by id, by topic (a pattern), published at a time or later.';
 
+-- Above which number all lies that a position has not seen and that can be read by now: above its own, or above the floor (in the
+-- fifth part of its text) of a publisher that has committed since. Those that are still open hide nothing from whoever looks now.
+CREATE FUNCTION dtm.unseen_above(body text) RETURNS bigint
+LANGUAGE sql STABLE STRICT
+BEGIN ATOMIC
+    SELECT least(dtm.position_seq(body), min(floor.seq))
+    FROM (SELECT pg_catalog.split_part(f.text, '>', 1)::pg_catalog.xid8 AS xid, pg_catalog.split_part(f.text, '>', 2)::bigint AS seq
+          FROM pg_catalog.string_to_table(nullif(pg_catalog.split_part(body, '|', 5), ''), ',') AS f (text)) floor
+    -- In another era everybody has ended, and transaction ids say nothing here.
+    WHERE CASE WHEN dtm.position_era(body) = (SELECT era FROM dtm.installation)
+               THEN pg_catalog.pg_visible_in_snapshot(floor.xid, pg_catalog.pg_current_snapshot())
+                    AND pg_catalog.pg_xact_status(floor.xid) IS DISTINCT FROM 'aborted'
+               ELSE true END;
+END;
+
 -- The newest cursor of a subscription, or of a shard. It has seen what its position's snapshot sees (the fourth part of its
--- text), and in the window after it what lies up to acked; all that it has not lies above low.
+-- text), and in the window after it what lies up to acked; all that it has not lies above low, and what of it can be read by now
+-- above look_above.
 CREATE FUNCTION dtm.cursor_at(subscription bigint, shard int, epoch bigint)
-RETURNS TABLE (era int, low bigint, acked bigint, moved_at timestamptz, seen pg_snapshot, seen_then pg_snapshot)
+RETURNS TABLE (era int, low bigint, acked bigint, moved_at timestamptz, seen pg_snapshot, seen_then pg_snapshot, look_above bigint)
 LANGUAGE sql STABLE
 BEGIN ATOMIC
     SELECT p.era,
@@ -963,7 +986,9 @@ BEGIN ATOMIC
                 ELSE least(CASE WHEN c.acked = 0 THEN p.low ELSE c.acked END, t.low) END,
            c.acked, c.moved_at,
            pg_catalog.split_part(p.body, '|', 4)::pg_catalog.pg_snapshot,
-           pg_catalog.split_part(t.body, '|', 4)::pg_catalog.pg_snapshot
+           pg_catalog.split_part(t.body, '|', 4)::pg_catalog.pg_snapshot,
+           CASE WHEN p.seq = 9223372036854775807 THEN 0
+                ELSE least(CASE WHEN c.acked = 0 THEN dtm.unseen_above(p.body) ELSE c.acked END, dtm.unseen_above(t.body)) END
     FROM dtm.cursor_log c
     JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
     LEFT JOIN dtm.position_log t ON t.id = c.target AND t.segment = c.segment
@@ -995,19 +1020,19 @@ BEGIN ATOMIC
     FROM dtm.log_segments() s WHERE s.last_seq > log_bytes_above.seq;
 END;
 
--- How far each subscription, or each of its shards, is. lag_events counts sequence numbers, so it is an upper bound: rolled-back
--- events, other topics, other shards, and what was delivered before a transaction that began earlier has ended, count too. Null:
--- there is no cursor.
+-- How far each subscription, or each of its shards, is. The lag is counted from the first event that it has not had. lag_events
+-- counts sequence numbers, so it is an upper bound: rolled-back events, other topics, other shards, and what was delivered before
+-- a transaction that began earlier has ended, count too. Null: there is no cursor.
 CREATE VIEW dtm.progress AS
 SELECT s.id AS subscription, o.shard,
        CASE WHEN o.alive THEN o.name END AS owner,
        CASE WHEN cursor.low IS NULL THEN NULL
             ELSE coalesce(extract(epoch FROM pg_catalog.clock_timestamp() - behind.published_at), 0) END::float8 AS lag_seconds,
        CASE WHEN cursor.low IS NULL THEN NULL
-            WHEN behind.published_at IS NULL THEN 0 ELSE head.seq - cursor.low END AS lag_events,
+            WHEN behind.seq IS NULL THEN 0 ELSE head.seq - (behind.seq - 1) END AS lag_events,
        cursor.moved_at,
        CASE WHEN cursor.low IS NULL THEN NULL
-            WHEN behind.published_at IS NULL THEN 0 ELSE dtm.log_bytes_above(cursor.low) END AS lag_bytes,
+            WHEN behind.seq IS NULL THEN 0 ELSE dtm.log_bytes_above(behind.seq - 1) END AS lag_bytes,
        behind.seq AS next_seq  -- the first that is not delivered
 FROM dtm.subscription s
 JOIN dtm.owners o ON o.subscription = s.id
@@ -1018,7 +1043,7 @@ LEFT JOIN dtm.eras ON eras.era = cursor.era
 -- The first that is not delivered: of the position's era, or of a later one.
 LEFT JOIN LATERAL (
     SELECT l.seq, l.published_at FROM dtm.log l
-    WHERE l.seq > cursor.low
+    WHERE l.seq > cursor.look_above
       AND CASE WHEN l.era <> cursor.era
                THEN coalesce((SELECT e.ordinal > coalesce(eras.ordinal, 2147483647) FROM dtm.eras e WHERE e.era = l.era), true)
                ELSE NOT pg_catalog.pg_visible_in_snapshot(l.xid, cursor.seen)
@@ -1038,7 +1063,7 @@ CROSS JOIN LATERAL (
     SELECT pg_catalog.string_agg(DISTINCT p.owner, ', ' ORDER BY p.owner) AS owner,
            CASE WHEN bool_and(p.lag_seconds IS NOT NULL) THEN max(p.lag_seconds) END AS lag_seconds,
            CASE WHEN bool_and(p.lag_events IS NOT NULL) THEN max(p.lag_events) END AS lag_events,
-           CASE WHEN bool_and(p.lag_bytes IS NOT NULL) THEN max(p.lag_bytes) END AS lag_bytes,
+           CASE WHEN bool_and(p.lag_events IS NOT NULL) THEN max(p.lag_bytes) END AS lag_bytes,
            max(p.moved_at) AS moved_at, count(*)::int AS shards, min(p.next_seq) AS next_seq
     FROM dtm.progress p WHERE p.subscription = s.id) progress;
 
@@ -1275,43 +1300,79 @@ END
 $$;
 
 -- A subscriber that is away holds the log, also where its subscription is paused or disabled. How far it may lag behind is an
--- option, and whether it is dropped then.
+-- option, and whether it is dropped then. Relays look, and drop what lags too far at several looks and does not catch up between
+-- them: one look does not tell who is away from who was kept waiting.
 
 CREATE FUNCTION dtm.lag_policy(options jsonb, OUT drops boolean, OUT max_seconds float8, OUT max_bytes bigint) RETURNS SETOF record
 LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE ROWS 1 AS 'MODULE_PATHNAME', 'lag_policy_wrapper';
 
--- Subscriptions that lag behind further than they may. Drops those that say so: their cursor stays where it is, but holds
--- nothing any more. lost: what a dropped one has lost.
-CREATE FUNCTION dtm.watch_lag() RETURNS TABLE (name text, state text, lag_seconds float8, lag_bytes bigint, lost text)
+-- Who looks holds its row, so that one relay does at a time.
+CREATE TABLE dtm.lag_watch (only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row));
+INSERT INTO dtm.lag_watch DEFAULT VALUES;
+
+-- How far each subscription that is not dropped lags behind, beside how far it may.
+CREATE VIEW dtm.lag AS
+SELECT s.id, s.name, s.state,
+       -- Others than before: somebody has done something about it, and an earlier look says nothing any more.
+       pg_catalog.hashtextextended(pg_catalog.format('%s %s %s', s.epoch, s.state, s.options), 0) AS terms,
+       s.lag_seconds, s.lag_events, s.lag_bytes, s.next_seq,
+       s.lag_events IS NOT NULL AS has_cursor,
+       coalesce(s.lag_seconds > policy.max_seconds OR s.lag_bytes > policy.max_bytes, false) AS is_late,
+       -- Events that are older than the subscription, or came with a restore, have not waited for it for all their age.
+       policy.drops AND coalesce(
+           least(s.lag_seconds, extract(epoch FROM pg_catalog.clock_timestamp() - greatest(begun.started_at, era.began_at)))
+               > policy.max_seconds
+           OR s.lag_bytes > policy.max_bytes, false) AS may_be_dropped
+FROM dtm.subscriptions s
+JOIN dtm.subscription begun ON begun.id = s.id
+CROSS JOIN LATERAL dtm.lag_policy(s.options) policy
+LEFT JOIN (SELECT e.began_at FROM dtm.eras e JOIN dtm.installation i ON i.era = e.era) era ON true
+WHERE s.state <> 'dropped';
+
+-- Subscriptions that lag behind further than they may, and those that have no cursor (and hold all of the log). A row of nulls:
+-- another relay is looking.
+CREATE FUNCTION dtm.watch_lag()
+RETURNS TABLE (id bigint, name text, state text, terms bigint, lag_seconds float8, lag_events bigint, lag_bytes bigint,
+               has_cursor boolean, may_be_dropped boolean)
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM FROM dtm.lag_watch FOR UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    RETURN QUERY
+    SELECT l.id, l.name, l.state, l.terms, l.lag_seconds, l.lag_events, l.lag_bytes, l.has_cursor, l.may_be_dropped
+    FROM dtm.lag l WHERE l.is_late OR NOT l.has_cursor ORDER BY l.name;
+END
+$$;
+
+-- Drops a subscription if it lags too far behind still, by at least so many events, on the terms of that look. Its cursor stays
+-- where it is, but holds nothing any more. Answers what it has lost; null: it is not dropped.
+CREATE FUNCTION dtm.drop_late(subscription bigint, terms bigint, least_events bigint) RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    late record;
+    late dtm.lag;
+    lost text;
 BEGIN
-    FOR late IN
-        SELECT s.id, s.name, s.state, s.lag_seconds, s.lag_bytes, s.next_seq, policy.*
-        FROM dtm.subscriptions s CROSS JOIN LATERAL dtm.lag_policy(s.options) policy
-        WHERE s.state <> 'dropped' AND (s.lag_seconds > policy.max_seconds OR s.lag_bytes > policy.max_bytes)
-        ORDER BY s.name
-    LOOP
-        name := late.name;
-        state := late.state;
-        lag_seconds := late.lag_seconds;
-        lag_bytes := late.lag_bytes;
-        lost := NULL;
-        IF late.drops THEN
-            PERFORM FROM dtm.subscription s WHERE s.id = late.id FOR NO KEY UPDATE SKIP LOCKED;
-            IF FOUND THEN
-                lost := format('events %s to %s', late.next_seq,
-                               (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.event_seq));
-                UPDATE dtm.subscription s
-                SET state = 'dropped', revision = s.revision + 1,
-                    reason = format('it lagged %s s and %s bytes behind, and has lost %s', round(late.lag_seconds),
-                                    late.lag_bytes, lost)
-                WHERE s.id = late.id;
-            END IF;
-        END IF;
-        RETURN NEXT;
-    END LOOP;
+    -- Whoever has it locked is changing it.
+    PERFORM FROM dtm.subscription s WHERE s.id = drop_late.subscription FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    -- A statement of its own: it sees what was changed until the row was locked.
+    SELECT * INTO late FROM dtm.lag l
+    WHERE l.id = drop_late.subscription AND l.terms = drop_late.terms AND l.may_be_dropped AND l.lag_events >= least_events;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    lost := format('events %s to %s', late.next_seq,
+                   (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.event_seq));
+    UPDATE dtm.subscription s
+    SET state = 'dropped', state_before = s.state, reason_before = s.reason, revision = s.revision + 1,
+        reason = format('it lagged %s s and %s bytes behind, and has lost %s', round(late.lag_seconds), late.lag_bytes, lost)
+    WHERE s.id = drop_late.subscription;
+    RETURN lost;
 END
 $$;
 

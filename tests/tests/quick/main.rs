@@ -6,6 +6,7 @@ mod copies;
 mod dead_letters;
 mod delivery;
 mod encodings;
+mod lag;
 mod pg_upgrade;
 mod positions;
 mod privileges;

@@ -19,6 +19,7 @@ use crate::schedule::{INSIDE, Published, Writers};
 const SCHEDULES_IN_CI: u64 = 300;
 const NAIVE_SCHEDULES: u64 = 60;
 const STEPS: usize = 70;
+const LAST_SEQ: &str = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.event_seq";
 const RELAY: &str = "'00000000-0000-0000-0000-0000000000aa'::uuid";
 
 fn setting(name: &str, default: u64) -> u64 {
@@ -49,6 +50,8 @@ struct CursorReader<'a> {
     saved: Vec<i64>,
     /// The ids that positions are stored under.
     ids: HashMap<String, i64>,
+    /// What has a greater number is to be read.
+    begun_after: i64,
 }
 
 impl<'a> CursorReader<'a> {
@@ -69,6 +72,7 @@ impl<'a> CursorReader<'a> {
             unsaved: Vec::new(),
             saved: Vec::new(),
             ids: HashMap::new(),
+            begun_after: client.query_one(LAST_SEQ, &[]).await.expect("a number").get(0),
         };
         reader.restart().await;
         reader
@@ -114,6 +118,18 @@ impl<'a> CursorReader<'a> {
         }
     }
 
+    /// The lag is that of the first event that can be read and was not.
+    async fn check_lag(&self) {
+        let sql = "SELECT (SELECT p.next_seq FROM dtm.progress p WHERE p.subscription = $1), min(seq) FROM dtm.log \
+                   WHERE seq > $2 AND NOT convert_from(payload, 'UTF8')::bigint = ANY ($3)";
+        let row = self
+            .client
+            .query_one(sql, &[&self.subscription, &self.begun_after, &self.saved])
+            .await
+            .expect("lag");
+        assert_eq!(row.get::<_, Option<i64>>(0), row.get::<_, Option<i64>>(1), "the first that was not read");
+    }
+
     async fn save(&mut self) {
         while !self.store().await {}
         self.saved.append(&mut self.unsaved);
@@ -148,6 +164,7 @@ impl<'a> CursorReader<'a> {
 
 impl Reader for CursorReader<'_> {
     async fn step(&mut self, random: &mut StdRng) {
+        self.check_lag().await;
         match random.random_range(0..10) {
             0..=2 => drop(self.poll().await),
             3..=6 => self.page(random.random_range(1..=5)).await,
