@@ -1655,9 +1655,7 @@ $$;
 CREATE FUNCTION dtm.lag_policy(options jsonb, OUT drops boolean, OUT max_seconds float8, OUT max_bytes bigint) RETURNS SETOF record
 LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE ROWS 1 AS 'MODULE_PATHNAME', 'lag_policy_wrapper';
 
--- Who looks holds its row, so that one relay does at a time.
-CREATE TABLE dtm.lag_watch (only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row));
-INSERT INTO dtm.lag_watch DEFAULT VALUES;
+INSERT INTO dtm.turn VALUES ('lag');
 
 -- How far each subscription that is not dropped lags behind, beside how far it may.
 CREATE VIEW dtm.lag AS
@@ -1679,14 +1677,13 @@ LEFT JOIN (SELECT e.began_at FROM dtm.eras e JOIN dtm.installation i ON i.era = 
 WHERE s.state <> 'dropped';
 
 -- Subscriptions that lag behind further than they may, and those that have no cursor (and hold all of the log). A row of nulls:
--- another relay is looking.
+-- nobody was looked at, since another relay is looking, or a restore is not complete.
 CREATE FUNCTION dtm.watch_lag()
 RETURNS TABLE (id bigint, name text, state text, terms bigint, lag_seconds float8, lag_events bigint, lag_bytes bigint,
                has_cursor boolean, may_be_dropped boolean)
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    PERFORM FROM dtm.lag_watch FOR UPDATE SKIP LOCKED;
-    IF NOT FOUND THEN
+    IF NOT dtm.take_turn('lag') OR NOT dtm.meet_restored() THEN
         RETURN NEXT;
         RETURN;
     END IF;

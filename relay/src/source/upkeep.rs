@@ -100,7 +100,7 @@ impl Lag {
             Err(error) => return error.tolerate(),
         };
         if rows.iter().any(|row| row.get::<_, Option<i64>>(0).is_none()) {
-            return Ok(()); // another relay is looking
+            return Ok(()); // another relay is looking, or a restore is not complete
         }
         let (mut late, lost): (Vec<&Row>, Vec<&Row>) = rows.iter().partition(|row| row.get(7));
         let looks = late.iter().filter(|row| row.get(8));

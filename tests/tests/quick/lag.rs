@@ -19,7 +19,13 @@ async fn shop() -> (Cluster, Client) {
     let cluster = Cluster::builder().start().await;
     cluster.create_database("shop").await;
     let client = cluster.connect("shop").await;
+    greet(&client).await;
     (cluster, client)
+}
+
+/// As a relay does it first.
+async fn greet(client: &Client) {
+    client.execute("SELECT dtm.relay_hello('default')", &[]).await.expect("a database to deliver from");
 }
 
 async fn subscribe(client: &Client, name: &str, options: &str, start_at: &str) {
@@ -35,7 +41,8 @@ async fn publish(client: &Client, count: i32) {
 /// As if everything in the log had been published two hours ago, and everybody had been there before.
 async fn age(client: &Client) {
     let sql = "UPDATE dtm.log_1 SET published_at = published_at - interval '2 hours'; \
-               UPDATE dtm.subscription SET started_at = started_at - interval '3 hours'";
+               UPDATE dtm.subscription SET started_at = started_at - interval '3 hours'; \
+               UPDATE dtm.eras SET began_at = began_at - interval '3 hours'";
     client.batch_execute(sql).await.expect("it is later");
 }
 
@@ -161,7 +168,7 @@ async fn age_that_events_had_before_subscription_rewind_or_restore_drops_nobody(
     cluster.connect("postgres").await.batch_execute("CREATE DATABASE copy").await.expect("a database");
     cluster.psql("copy", &dump);
     let copy = cluster.connect("copy").await;
-    copy.execute("SELECT dtm.relay_hello('default')", &[]).await.expect("a relay");
+    greet(&copy).await;
     let late = look(&copy, "s").await.expect("it is late");
     assert!(!late.may_be_dropped, "it was restored just now: {late:?}");
     let later = "UPDATE dtm.eras SET began_at = began_at - interval '2 hours'";
