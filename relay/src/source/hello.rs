@@ -24,7 +24,9 @@ pub async fn hello(link: &Link, environment: &str) -> Result<Greeting, SourceErr
     let version = check_extension(link).await?;
     check_protocol(link, &version).await?;
     let what = "introducing the relay";
-    let row = link.query_one(what, "SELECT era, source, version, preloaded FROM dtm.relay_hello($1)", &[&environment]).await?;
+    let row = link
+        .query_one(what, "SELECT era, source, version, preloaded FROM dtm.relay_hello($1)", &[&environment])
+        .await?;
     Ok(Greeting {
         era: row.get("era"),
         source: row.get("source"),

@@ -19,6 +19,7 @@ mod segments;
 mod sharing;
 mod source;
 mod subscriptions;
+mod turning;
 mod upgrade;
 mod versions;
 mod windows;
