@@ -84,8 +84,8 @@ BEGIN ATOMIC
 END;
 
 -- How far each subscription, or each of its shards, is. The lag is counted from the first event that it has not had. lag_events
--- counts sequence numbers, so it is an upper bound: rolled-back events, other topics, other shards, and what was delivered before
--- a transaction that began earlier has ended, count too. Null: there is no cursor.
+-- counts sequence numbers, so it is an upper bound: rolled-back events, other topics, other shards, what was delivered before a
+-- transaction that began earlier has ended, and what lies before the time that it begins at, count too. Null: there is no cursor.
 CREATE VIEW dtm.progress AS
 SELECT s.id AS subscription, o.shard,
        CASE WHEN o.alive THEN o.name END AS owner,
