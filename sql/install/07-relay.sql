@@ -139,14 +139,17 @@ $$;
 -- production's customers.
 CREATE FUNCTION dtm.take_over_subscriptions(new_era int) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    why CONSTANT text := 'the database was restored or copied';
 BEGIN
     UPDATE dtm.subscription s
-    SET era = new_era,
-        state = CASE WHEN waits.yes THEN 'paused' ELSE s.state END,
-        reason = CASE WHEN waits.yes THEN 'the database was restored or copied' ELSE s.reason END
-    FROM (SELECT w.id, w.state = 'active' AND w.options ->> 'on_restore' IS DISTINCT FROM 'continue' AS yes
-          FROM dtm.subscription w) waits
-    WHERE waits.id = s.id AND s.era IS DISTINCT FROM new_era;
+    SET state = 'paused', reason = why
+    WHERE s.era IS DISTINCT FROM new_era AND s.state = 'active' AND s.options ->> 'on_restore' IS DISTINCT FROM 'continue';
+    -- Nor does one that was dropped, when it is rewound.
+    UPDATE dtm.subscription s
+    SET state_before = 'paused', reason_before = why
+    WHERE s.era IS DISTINCT FROM new_era AND s.state_before = 'active' AND s.options ->> 'on_restore' IS DISTINCT FROM 'continue';
+    UPDATE dtm.subscription s SET era = new_era WHERE s.era IS DISTINCT FROM new_era;
     IF FOUND THEN
         UPDATE dtm.eras SET began_at = clock_timestamp() WHERE era = new_era;  -- nothing has waited for them before
     END IF;
@@ -228,6 +231,7 @@ BEGIN
             HINT = 'Try again when the restore is complete. If it was broken off, restore into an empty database.';
     END IF;
     BEGIN
+        PERFORM FROM dtm.installation FOR UPDATE;
         PERFORM dtm.order_eras((SELECT era FROM dtm.installation));
         LOCK TABLE dtm.subscription IN EXCLUSIVE MODE;
         -- Every publisher of the old era has ended once these locks are held; the next ones read the new era. Nobody waits for
@@ -256,7 +260,7 @@ BEGIN
     SET era = new_era, environment = adopt.environment,
         database = (SELECT oid FROM pg_database WHERE datname = current_database());
     PERFORM dtm.installation_changed();
-    PERFORM dtm.order_eras(new_era);
+    INSERT INTO dtm.eras (era, ordinal) SELECT new_era, max(ordinal) + 1 FROM dtm.eras;
     PERFORM dtm.take_over_subscriptions(new_era);
 END
 $$;

@@ -475,14 +475,17 @@ $$;
 -- production's customers.
 CREATE FUNCTION dtm.take_over_subscriptions(new_era int) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    why CONSTANT text := 'the database was restored or copied';
 BEGIN
     UPDATE dtm.subscription s
-    SET era = new_era,
-        state = CASE WHEN waits.yes THEN 'paused' ELSE s.state END,
-        reason = CASE WHEN waits.yes THEN 'the database was restored or copied' ELSE s.reason END
-    FROM (SELECT w.id, w.state = 'active' AND w.options ->> 'on_restore' IS DISTINCT FROM 'continue' AS yes
-          FROM dtm.subscription w) waits
-    WHERE waits.id = s.id AND s.era IS DISTINCT FROM new_era;
+    SET state = 'paused', reason = why
+    WHERE s.era IS DISTINCT FROM new_era AND s.state = 'active' AND s.options ->> 'on_restore' IS DISTINCT FROM 'continue';
+    -- Nor does one that was dropped, when it is rewound.
+    UPDATE dtm.subscription s
+    SET state_before = 'paused', reason_before = why
+    WHERE s.era IS DISTINCT FROM new_era AND s.state_before = 'active' AND s.options ->> 'on_restore' IS DISTINCT FROM 'continue';
+    UPDATE dtm.subscription s SET era = new_era WHERE s.era IS DISTINCT FROM new_era;
     IF FOUND THEN
         UPDATE dtm.eras SET began_at = clock_timestamp() WHERE era = new_era;  -- nothing has waited for them before
     END IF;
@@ -564,6 +567,7 @@ BEGIN
             HINT = 'Try again when the restore is complete. If it was broken off, restore into an empty database.';
     END IF;
     BEGIN
+        PERFORM FROM dtm.installation FOR UPDATE;
         PERFORM dtm.order_eras((SELECT era FROM dtm.installation));
         LOCK TABLE dtm.subscription IN EXCLUSIVE MODE;
         -- Every publisher of the old era has ended once these locks are held; the next ones read the new era. Nobody waits for
@@ -592,7 +596,7 @@ BEGIN
     SET era = new_era, environment = adopt.environment,
         database = (SELECT oid FROM pg_database WHERE datname = current_database());
     PERFORM dtm.installation_changed();
-    PERFORM dtm.order_eras(new_era);
+    INSERT INTO dtm.eras (era, ordinal) SELECT new_era, max(ordinal) + 1 FROM dtm.eras;
     PERFORM dtm.take_over_subscriptions(new_era);
 END
 $$;
@@ -1586,6 +1590,20 @@ BEGIN
 END
 $$;
 
+-- Locks tables of control data as a LOCK TABLE statement says. False: somebody is in the way, and is left alone for a while.
+CREATE FUNCTION dtm.try_lock_control(tables text) RETURNS boolean
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    BEGIN
+        EXECUTE 'LOCK TABLE ' || tables;
+    EXCEPTION WHEN lock_not_available THEN
+        UPDATE dtm.rotation SET control_held_up = clock_timestamp();
+        RETURN false;
+    END;
+    RETURN true;
+END
+$$;
+
 -- Goes one step on with control data: once the segment that is written has grown beyond max_bytes. Answers as rotate_log does.
 CREATE FUNCTION dtm.rotate_control(max_bytes bigint DEFAULT 33554432) RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
@@ -1603,6 +1621,9 @@ BEGIN
     END IF;
     SELECT * INTO STRICT here FROM dtm.installation;
     SELECT * INTO STRICT turning FROM dtm.rotation;
+    IF dtm.is_held_up(turning.control_held_up) THEN
+        RETURN NULL;
+    END IF;
     old := 3 - here.control_segment;
     EXECUTE format('SELECT NOT (EXISTS (SELECT FROM dtm.cursor_log_%1$s) OR EXISTS (SELECT FROM dtm.position_log_%1$s)
                                 OR EXISTS (SELECT FROM dtm.lease_log_%1$s) OR EXISTS (SELECT FROM dtm.heartbeat_log_%1$s))', old)
@@ -1615,24 +1636,25 @@ BEGIN
             RETURN NULL;
         END IF;
         -- Whoever writes control data has ended, and whoever comes next reads the new segment.
-        LOCK TABLE dtm.rotation IN EXCLUSIVE MODE;
+        IF NOT dtm.try_lock_control('dtm.rotation IN EXCLUSIVE MODE') THEN
+            RETURN NULL;
+        END IF;
         UPDATE dtm.installation SET control_segment = old;
         PERFORM dtm.copy_control(here.control_segment, old);
         UPDATE dtm.rotation SET control_retired = pg_current_xact_id()::text::bigint;
         RETURN 'rotated';
     ELSIF turning.control_retired IS NULL THEN
-        LOCK TABLE dtm.rotation IN EXCLUSIVE MODE;
+        IF NOT dtm.try_lock_control('dtm.rotation IN EXCLUSIVE MODE') THEN
+            RETURN NULL;
+        END IF;
         PERFORM dtm.copy_control(old, here.control_segment);
         UPDATE dtm.rotation SET control_retired = pg_current_xact_id()::text::bigint;
         RETURN 'retired';
-    ELSIF turning.control_retired < dtm.horizon() AND NOT dtm.is_held_up(turning.control_held_up) THEN
-        BEGIN
-            EXECUTE format('LOCK TABLE dtm.cursor_log_%1$s, dtm.position_log_%1$s, dtm.lease_log_%1$s, dtm.heartbeat_log_%1$s
-                            IN ACCESS EXCLUSIVE MODE', old);
-        EXCEPTION WHEN lock_not_available THEN
-            UPDATE dtm.rotation SET control_held_up = clock_timestamp();
+    ELSIF turning.control_retired < dtm.horizon() THEN
+        IF NOT dtm.try_lock_control(format(
+            'dtm.cursor_log_%1$s, dtm.position_log_%1$s, dtm.lease_log_%1$s, dtm.heartbeat_log_%1$s IN ACCESS EXCLUSIVE MODE', old)) THEN
             RETURN NULL;
-        END;
+        END IF;
         IF dtm.is_restoring() THEN
             RETURN NULL;  -- cursors, before their subscriptions
         END IF;
