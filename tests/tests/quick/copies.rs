@@ -199,7 +199,12 @@ async fn restored_table_by_table(order: impl Fn(&mut Vec<&str>)) {
         restore(&url, folder.path(), &[entry]);
         assert!(act_as_a_relay(&again).await.is_empty(), "delivered before all is there: {entry}");
     }
+    // A restore over several connections sets sequences while it still copies events.
+    let copying = cluster.connect("again").await;
+    copying.batch_execute("BEGIN; LOCK TABLE dtm.log_2 IN ROW EXCLUSIVE MODE").await.expect("a lock");
     restore(&url, folder.path(), &sequences[sequences.len() - 1..]);
+    assert!(act_as_a_relay(&again).await.is_empty(), "delivered before all is there");
+    copying.batch_execute("COMMIT").await.expect("COMMIT");
     assert_eq!(act_as_a_relay(&again).await, ["goes_on"]);
     let state = "SELECT state FROM dtm.subscription WHERE name = 'waits'";
     assert_eq!(again.query_one(state, &[]).await.expect("waits").get::<_, &str>(0), "paused");
@@ -230,4 +235,30 @@ async fn a_relay_that_is_there_while_tables_are_restored_in_any_order_loses_noth
     let seed: u64 = rand::random();
     println!("seed {seed}");
     restored_table_by_table(|tables| tables.shuffle(&mut StdRng::seed_from_u64(seed))).await;
+}
+
+#[tokio::test]
+async fn a_subscription_that_was_dropped_before_the_copy_waits_to_be_resumed_after_a_rewind() {
+    let cluster = Cluster::builder().start().await;
+    cluster.create_database("shop").await;
+    let client = cluster.connect("shop").await;
+    for (name, options) in [("waits", "{}"), ("goes_on", "{\"on_restore\": \"continue\"}")] {
+        let subscribe = "SELECT dtm.subscribe($1, 't', 'http://127.0.0.1:9/', $2::text::jsonb)";
+        client.execute(subscribe, &[&name, &options]).await.expect("subscribe");
+    }
+    let dropped =
+        "UPDATE dtm.subscription SET state = 'dropped', state_before = 'active', reason = 'it lagged'";
+    client.execute(dropped, &[]).await.expect("it is dropped");
+    client.execute("SELECT dtm.adopt('staging')", &[]).await.expect("adopt");
+    let states = "SELECT state FROM dtm.subscription ORDER BY name";
+    for (expected, next) in [
+        (["dropped", "dropped"], Some("SELECT dtm.rewind(name, 'now') FROM dtm.subscription")),
+        (["active", "paused"], None),
+    ] {
+        let rows = client.query(states, &[]).await.expect("states");
+        assert_eq!(rows.iter().map(|row| row.get(0)).collect::<Vec<&str>>(), expected);
+        if let Some(next) = next {
+            client.execute(next, &[]).await.expect(next);
+        }
+    }
 }
