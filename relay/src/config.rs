@@ -85,6 +85,7 @@ struct File {
     parked_events: usize,
     parked_bytes: usize,
     upkeep_every: Seconds,
+    lag_patience: Seconds,
     control_bytes: usize,
     threads: usize,
     ca_file: Option<PathBuf>,
@@ -121,6 +122,7 @@ impl Default for File {
             parked_events: 10_000,
             parked_bytes: 256 * 1024 * 1024,
             upkeep_every: seconds(5),
+            lag_patience: seconds(60),
             control_bytes: 32 * 1024 * 1024,
             threads: 2,
             ca_file: None,
@@ -132,7 +134,7 @@ impl Default for File {
 }
 
 /// Settings that numbers and durations say, by name: each can be given as the variable `DTM_` and the name in capitals.
-const VARIABLES: [&str; 16] = [
+const VARIABLES: [&str; 17] = [
     "lease",
     "shutdown",
     "poll_busy",
@@ -146,6 +148,7 @@ const VARIABLES: [&str; 16] = [
     "parked_events",
     "parked_bytes",
     "upkeep_every",
+    "lag_patience",
     "control_bytes",
     "threads",
     "ca_file",
@@ -272,6 +275,7 @@ impl File {
             ("poll_idle", self.poll_idle, self.poll_busy.0, 60 * second),
             ("statement_timeout", self.statement_timeout, 5 * second, 3_600 * second),
             ("upkeep_every", self.upkeep_every, second / 100, 3_600 * second),
+            ("lag_patience", self.lag_patience, Duration::ZERO, 86_400 * second),
         ];
         for (key, Seconds(value), least, most) in bounds {
             if !(least..=most).contains(&value) {
@@ -347,7 +351,11 @@ impl File {
             buffer_bytes: self.buffer_bytes,
             parked_events: self.parked_events,
             parked_bytes: self.parked_bytes,
-            upkeep: Upkeep { every: self.upkeep_every.0, control_bytes: self.control_bytes as i64 },
+            upkeep: Upkeep {
+                every: self.upkeep_every.0,
+                control_bytes: self.control_bytes as i64,
+                lag_patience: self.lag_patience.0,
+            },
             threads: self.threads,
             ca_file: self.ca_file,
             secrets: Arc::new(secrets),

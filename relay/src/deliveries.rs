@@ -26,8 +26,6 @@ use crate::source::tail::Tail;
 pub struct Common {
     /// Who the events are from.
     pub source: String,
-    /// All eras of the log.
-    pub eras: Arc<[i32]>,
     /// Where pages come from.
     pub pages: Arc<Pages>,
     /// Where they come from at the end of the log.
@@ -181,7 +179,6 @@ impl Deliveries {
             cursors: common.cursors.clone(),
             valid_until: common.valid_until.clone(),
             share: Share::new(common.budget.clone(), common.subscription_bytes),
-            eras: common.eras.clone(),
             bounds: common.bounds,
             drain,
         })

@@ -116,7 +116,6 @@ impl Session {
         let mut roles = Roles::new();
         let common = Common {
             source: greeting.source.clone(),
-            eras: greeting.eras.clone(),
             pages,
             tail: tail.clone(),
             given,

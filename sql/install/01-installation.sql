@@ -24,14 +24,35 @@ FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database();
 CREATE TABLE dtm.rotation (
     only_row        boolean  PRIMARY KEY DEFAULT true CHECK (only_row),
     log_retired     bigint[] NOT NULL DEFAULT '{NULL,NULL,NULL}', -- by segment: the transaction that found it needed by nobody
-    control_retired bigint                    -- the transaction that copied what is needed out of the segment that is not written
+    log_starts      bigint[] NOT NULL DEFAULT '{0,0,0}', -- by segment: dtm.start_seq at that time
+    log_held_up     timestamptz[] NOT NULL DEFAULT '{NULL,NULL,NULL}', -- by segment: when somebody was in the way
+    control_retired bigint,                   -- the transaction that copied what is needed out of the segment that is not written
+    control_held_up timestamptz
 );
 INSERT INTO dtm.rotation DEFAULT VALUES;
 
--- The eras that rows of the log were written in, by age. The first relay that meets a new one adds it.
+-- How often subscriptions were set to a place, be it by transactions that have not ended: what is needed of the log may have
+-- become more.
+CREATE SEQUENCE dtm.start_seq AS bigint CACHE 1;
+
+-- What one relay does at a time: it locks the row. No advisory locks: every role of the database could take those.
+CREATE TABLE dtm.turn (name text PRIMARY KEY);
+INSERT INTO dtm.turn VALUES ('rotation'), ('delayed');
+
+-- False: another relay is at it.
+CREATE FUNCTION dtm.take_turn(name text) RETURNS boolean
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM FROM dtm.turn t WHERE t.name = take_turn.name FOR UPDATE SKIP LOCKED;
+    RETURN FOUND;
+END
+$$;
+
+-- The eras that rows of the log were written in, by age. The first relay that meets a new one adds it. An ordinal may be there
+-- twice for a while: a relay may meet this database before its older eras are restored.
 CREATE TABLE dtm.eras (
     era      int         PRIMARY KEY,
-    ordinal  int         NOT NULL UNIQUE,
+    ordinal  int         NOT NULL,
     began_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
 );
 SELECT pg_catalog.pg_extension_config_dump('dtm.eras', '');

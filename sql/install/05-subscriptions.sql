@@ -13,7 +13,11 @@ CREATE TABLE dtm.subscription (
     since       timestamptz,                  -- events published before are passed over
     epoch       bigint      NOT NULL DEFAULT 1, -- raised by rewind: cursors of an earlier epoch are void
     created_at  timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
-    revision    bigint      NOT NULL DEFAULT 0 -- raised by what makes its relays begin anew from what is stored
+    revision    bigint      NOT NULL DEFAULT 0, -- raised by what makes its relays begin anew from what is stored
+    started_at  timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(), -- when it was made, or rewound last
+    state_before text,                        -- of one that is dropped: what it was until then …
+    reason_before text,                       -- … and why
+    era         int                           -- in which it was made, or met after a restore; another one: not met yet
 );
 
 -- Positions and cursors are appended, never updated: an updated row grows without end while anything holds the xmin
@@ -61,14 +65,10 @@ SELECT *, 1::smallint AS segment FROM dtm.position_log_1 UNION ALL SELECT *, 2::
 CREATE VIEW dtm.cursor_log AS
 SELECT *, 1::smallint AS segment FROM dtm.cursor_log_1 UNION ALL SELECT *, 2::smallint FROM dtm.cursor_log_2;
 
--- The segment that is written, which stays so until the transaction ends: rotation waits for this lock.
+-- The segment that is written, which stays so until the transaction ends: rotation waits for the lock that this takes. An old
+-- snapshot does not count, that of a REPEATABLE READ transaction for one: it is the segment of now.
 CREATE FUNCTION dtm.control_segment() RETURNS smallint
-LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    LOCK TABLE dtm.rotation IN ROW SHARE MODE;
-    RETURN (SELECT control_segment FROM dtm.installation);
-END
-$$;
+LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'control_segment_wrapper';
 
 -- The newest stored position of this era, or null: the later the base of a new one, the less has to be looked back for.
 CREATE FUNCTION dtm.latest_position() RETURNS text
@@ -141,7 +141,7 @@ END
 $$;
 
 -- A subscription begins where start_at says: 'now', 'earliest', or a time. Sets a cursor for each shard, and the time it skips
--- to.
+-- to. The transaction has written its row, so that rotation waits for it, or is told by dtm.start_seq.
 CREATE FUNCTION dtm.start_subscription(subscription_id bigint, start_at text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -158,10 +158,11 @@ BEGIN
         END IF;
         -- Restored data that no relay has met yet has its eras, too.
         body := dtm.start_of_era(coalesce(
-            (SELECT era FROM dtm.eras ORDER BY ordinal LIMIT 1),
+            (SELECT e.era FROM dtm.eras e WHERE e.era <> (SELECT i.era FROM dtm.installation i) ORDER BY e.ordinal, e.era LIMIT 1),
             (SELECT era FROM dtm.unregistered_eras() AS era LIMIT 1),
             (SELECT era FROM dtm.installation)));
     END IF;
+    PERFORM nextval('dtm.start_seq');
     UPDATE dtm.subscription SET since = start_time WHERE id = subscription_id AND since IS DISTINCT FROM start_time;
     position_id := (dtm.store_positions(ARRAY[body]))[1];
     INSERT INTO dtm.cursor_log_1 (id, subscription, shard, epoch, token, "position", acked)
@@ -201,8 +202,8 @@ BEGIN
     PERFORM dtm.check_start_at(start_at);
     -- Until it is there or made: another session may unsubscribe between the two.
     LOOP
-        INSERT INTO dtm.subscription AS s (name, topics, destination, options)
-        VALUES (subscribe.name, subscribe.topics, subscribe.destination, subscribe.options)
+        INSERT INTO dtm.subscription AS s (name, topics, destination, options, era)
+        VALUES (subscribe.name, subscribe.topics, subscribe.destination, subscribe.options, (SELECT era FROM dtm.installation))
         ON CONFLICT ON CONSTRAINT subscription_name_key DO NOTHING
         RETURNING s.id INTO subscription_id;
         IF FOUND THEN
@@ -254,13 +255,15 @@ END
 $$;
 
 -- A dropped subscription has lost events: nobody shall go on past that without saying so.
+-- The row stays locked: else it could be dropped between this and what its caller does.
 CREATE FUNCTION dtm.check_not_dropped(name text) RETURNS void
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    state text;
     why text;
 BEGIN
-    SELECT s.reason INTO why FROM dtm.subscription s WHERE s.name = check_not_dropped.name AND s.state = 'dropped';
-    IF FOUND THEN
+    SELECT s.state, s.reason INTO state, why FROM dtm.subscription s WHERE s.name = check_not_dropped.name FOR NO KEY UPDATE;
+    IF state = 'dropped' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = 'the subscription was dropped',
@@ -300,8 +303,10 @@ BEGIN
     PERFORM dtm.check_start_at(start_at);
     subscription_id := dtm.lock_settlements(name);
     UPDATE dtm.subscription AS s
-    SET epoch = s.epoch + 1, state = CASE s.state WHEN 'dropped' THEN 'active' ELSE s.state END,
-        reason = CASE s.state WHEN 'dropped' THEN NULL ELSE s.reason END
+    SET epoch = s.epoch + 1, started_at = clock_timestamp(),
+        state = CASE s.state WHEN 'dropped' THEN s.state_before ELSE s.state END,
+        reason = CASE s.state WHEN 'dropped' THEN s.reason_before ELSE s.reason END,
+        state_before = NULL, reason_before = NULL
     WHERE s.id = subscription_id;
     IF NOT FOUND THEN
         PERFORM dtm.raise_no_subscription(name);

@@ -34,7 +34,8 @@ CREATE VIEW dtm.heartbeat_log AS SELECT * FROM dtm.heartbeat_log_1 UNION ALL SEL
 CREATE VIEW dtm.owners AS
 SELECT s.id AS subscription, unit.shard, lease.token, lease.relay, heartbeat.name,
        coalesce(heartbeat.expires_at > pg_catalog.clock_timestamp(), false) AS alive,
-       coalesce((s.options ->> 'shards')::int, 1) AS shards, coalesce(heartbeat.shares, false) AS shares
+       coalesce((s.options ->> 'shards')::int, 1) AS shards, coalesce(heartbeat.shares, false) AS shares,
+       s.state = 'active' AND s.era = (SELECT i.era FROM dtm.installation i) AS active  -- not one of a restore that nobody has met
 FROM dtm.subscription s
 CROSS JOIN LATERAL (
     SELECT (n.th - 1)::int AS shard
@@ -76,24 +77,23 @@ DECLARE
     segment smallint;
 BEGIN
     PERFORM dtm.heartbeat(relay_lease.relay, relay_name, clock_timestamp() + make_interval(secs => lease_seconds));
-    IF EXISTS (SELECT FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
-               WHERE NOT o.alive AND o.shards = 1 AND s.state = 'active') THEN
+    IF EXISTS (SELECT FROM dtm.owners o WHERE NOT o.alive AND o.shards = 1 AND o.active) THEN
         -- Waits for cursors on their way: what an owner wrote is read by the next, what it writes later is refused.
         LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
         segment := dtm.control_segment();
         INSERT INTO dtm.lease_log_1 (token, subscription, shard, relay)
         SELECT nextval('dtm.lease_token_seq'), o.subscription, 0, relay_lease.relay
-        FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
-        WHERE NOT o.alive AND o.shards = 1 AND s.state = 'active' AND segment = 1;
+        FROM dtm.owners o WHERE NOT o.alive AND o.shards = 1 AND o.active AND segment = 1;
         INSERT INTO dtm.lease_log_2 (token, subscription, shard, relay)
         SELECT nextval('dtm.lease_token_seq'), o.subscription, 0, relay_lease.relay
-        FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
-        WHERE NOT o.alive AND o.shards = 1 AND s.state = 'active' AND segment = 2;
+        FROM dtm.owners o WHERE NOT o.alive AND o.shards = 1 AND o.active AND segment = 2;
     END IF;
     RETURN QUERY
     SELECT s.id, o.shard, s.name, s.topics, s.destination, s.options, s.since, s.epoch, o.token
     FROM dtm.subscription s JOIN dtm.owners o ON o.subscription = s.id
-    WHERE o.relay = relay_lease.relay AND o.shards = 1 AND s.state = 'active';
+    WHERE o.relay = relay_lease.relay AND o.shards = 1 AND o.active;
+    -- Last, for it takes locks that others wait for.
+    PERFORM dtm.meet_restored();
 END
 $$;
 

@@ -35,20 +35,82 @@ BEGIN
             DETAIL = format('It belongs to %L, the relay to %L.', here.environment, relay_hello.environment),
             HINT = 'If the database is a copy that shall deliver on its own, run "dtm-relay adopt"; else correct the relay''s setting "environment".';
     END IF;
-    PERFORM dtm.register_era(here.era);
-    RETURN QUERY SELECT here.era, ARRAY(SELECT e.era FROM dtm.eras e ORDER BY e.ordinal), dtm.source(),
+    PERFORM dtm.meet_restored();
+    RETURN QUERY SELECT here.era, dtm.all_eras(), dtm.source(),
         (SELECT extversion FROM pg_extension WHERE extname = 'pg_dtm'), dtm.library_preloaded();
 END
 $$;
 
+-- Whether rows bear numbers that their sequences have not given out: a restore is under way, for all sequences are set after all
+-- rows. Until then it is not known what else will come, so nothing is delivered of it, moved, or taken for needless.
+-- enable_seqscan: rows that were just restored have no statistics. jit: reading a sequence counts as a great cost then.
+CREATE FUNCTION dtm.is_restoring() RETURNS boolean
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off
+RETURN EXISTS (
+    SELECT FROM (
+        SELECT (SELECT max(id) FROM dtm.subscription), (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.subscription_id_seq)
+        UNION ALL
+        SELECT greatest((SELECT max(id) FROM dtm.cursor_log_1), (SELECT max(id) FROM dtm.cursor_log_2)),
+               (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.cursor_id_seq)
+        UNION ALL
+        SELECT greatest((SELECT max(id) FROM dtm.position_log_1), (SELECT max(id) FROM dtm.position_log_2)),
+               (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.position_id_seq)
+        UNION ALL
+        SELECT greatest((SELECT max(seq) FROM dtm.log_1), (SELECT max(seq) FROM dtm.log_2), (SELECT max(seq) FROM dtm.log_3)),
+               (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.event_seq)
+        UNION ALL
+        SELECT (SELECT n FROM dtm.delayed ORDER BY due, n LIMIT 1),
+               (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.delayed_seq)
+    ) AS of_table (greatest, given_out)
+    WHERE of_table.greatest > of_table.given_out);
+
+-- All eras, oldest first: this database's own is the last.
+CREATE FUNCTION dtm.all_eras() RETURNS int[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+RETURN ARRAY(SELECT e.era FROM dtm.eras e WHERE e.era <> (SELECT i.era FROM dtm.installation i) ORDER BY e.ordinal, e.era)
+       || (SELECT i.era FROM dtm.installation i);
+
+-- The eras of a segment of the log in their order, each with its first number. Numbers go on over a restore, so an era's events
+-- stand together, and the index finds where the next begins.
+CREATE FUNCTION dtm.eras_of_segment(segment int) RETURNS TABLE (era int, seq bigint)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+    from_here CONSTANT text := format('SELECT l.seq, l.era FROM dtm.log_%s l WHERE l.seq >= $1 ORDER BY l.seq LIMIT 1', segment);
+    last record;
+    low bigint;   -- of this era …
+    high bigint;  -- … and at or above this one comes another
+    middle bigint;
+    found record;
+BEGIN
+    EXECUTE format('SELECT l.seq, l.era FROM dtm.log_%s l ORDER BY l.seq DESC LIMIT 1', segment) INTO last;
+    EXECUTE from_here INTO seq, era USING 0::bigint;
+    WHILE seq IS NOT NULL LOOP
+        RETURN NEXT;
+        EXIT WHEN era = last.era;
+        low := seq;
+        high := last.seq;
+        WHILE high - low > 1 LOOP
+            middle := low + (high - low) / 2;
+            EXECUTE from_here INTO found USING middle;
+            IF found.era = era THEN
+                low := found.seq;
+            ELSE
+                high := middle;
+            END IF;
+        END LOOP;
+        EXECUTE from_here INTO seq, era USING high;
+    END LOOP;
+END
+$$;
+
 -- The eras in restored data that no relay has met, oldest first. Numbers of events and positions go on over a restore, so
--- every row of a later era has a greater one; where an era has left nothing but positions, their ids tell. It reads the whole
--- log: called once in the life of an era.
+-- every row of a later era has a greater one; where an era has left nothing but positions, their ids tell.
 CREATE FUNCTION dtm.unregistered_eras() RETURNS SETOF int
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT f.era
-    FROM (SELECT l.era, min(l.seq) - 1 AS seq, NULL::bigint AS id FROM dtm.log l GROUP BY l.era
+    FROM (SELECT l.era, l.seq - 1 AS seq, NULL::bigint AS id
+          FROM generate_series(1, 3) AS segment, dtm.eras_of_segment(segment) l
           UNION ALL
           SELECT p.era, min(p.seq), min(p.id) FROM dtm.position_log p GROUP BY p.era) f
     WHERE NOT EXISTS (SELECT FROM dtm.eras e WHERE e.era = f.era)
@@ -56,57 +118,160 @@ BEGIN ATOMIC
     ORDER BY min(f.seq), min(f.id) NULLS LAST;
 END;
 
--- Gives a new era its place behind the others. Where there are others the data came from elsewhere, and subscriptions wait
--- for dtm.resume unless they say otherwise: a copy of production must not call production's customers. The data may have
--- come through several databases that no relay ever saw: their eras go first.
-CREATE FUNCTION dtm.register_era(new_era int) RETURNS void
+-- Gives all eras their places, the given one the last. The data may have come through several databases that no relay ever
+-- saw: their eras go behind those that some relay has met.
+CREATE FUNCTION dtm.order_eras(last_era int) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    LOCK TABLE dtm.eras IN SHARE ROW EXCLUSIVE MODE;
+    INSERT INTO dtm.eras AS e (era, ordinal)
+    SELECT a.era, row_number() OVER (ORDER BY a.era = last_era, a.ordinal NULLS LAST, a.n, a.era)
+    FROM (SELECT known.era, known.ordinal, 0 AS n FROM dtm.eras known WHERE known.era <> last_era
+          UNION ALL
+          SELECT found.era, NULL, found.n FROM dtm.unregistered_eras() WITH ORDINALITY AS found (era, n) WHERE found.era <> last_era
+          UNION ALL
+          SELECT last_era, NULL, 0) a
+    ON CONFLICT (era) DO UPDATE SET ordinal = excluded.ordinal WHERE e.ordinal <> excluded.ordinal;
+END
+$$;
+
+-- Subscriptions that came from elsewhere wait for dtm.resume unless they say otherwise: a copy of production must not call
+-- production's customers.
+CREATE FUNCTION dtm.take_over_subscriptions(new_era int) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    last_ordinal int;
+    why CONSTANT text := 'the database was restored or copied';
 BEGIN
-    IF EXISTS (SELECT FROM dtm.eras WHERE era = new_era) THEN
-        RETURN;
+    UPDATE dtm.subscription s
+    SET state = 'paused', reason = why
+    WHERE s.era IS DISTINCT FROM new_era AND s.state = 'active' AND s.options ->> 'on_restore' IS DISTINCT FROM 'continue';
+    -- Nor does one that was dropped, when it is rewound.
+    UPDATE dtm.subscription s
+    SET state_before = 'paused', reason_before = why
+    WHERE s.era IS DISTINCT FROM new_era AND s.state_before = 'active' AND s.options ->> 'on_restore' IS DISTINCT FROM 'continue';
+    UPDATE dtm.subscription s SET era = new_era WHERE s.era IS DISTINCT FROM new_era;
+    IF FOUND THEN
+        UPDATE dtm.eras SET began_at = clock_timestamp() WHERE era = new_era;  -- nothing has waited for them before
     END IF;
-    LOCK TABLE dtm.eras IN SHARE ROW EXCLUSIVE MODE;
-    IF EXISTS (SELECT FROM dtm.eras WHERE era = new_era) THEN
-        RETURN;
+END
+$$;
+
+-- Locks the log, the segment that is written last: whoever publishes waits for the last of these locks only.
+CREATE FUNCTION dtm.lock_log(mode text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    segment int;
+BEGIN
+    FOR segment IN SELECT n FROM generate_series(1, 3) AS n, dtm.installation i ORDER BY n = i.log_segment, n LOOP
+        EXECUTE format('LOCK TABLE dtm.log_%s IN %s MODE', segment, mode);
+    END LOOP;
+END
+$$;
+
+-- Whether nothing is there that came with a restore and that no relay has met. The settings: as above.
+CREATE FUNCTION dtm.is_met() RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off
+RETURN (
+    SELECT EXISTS (SELECT FROM dtm.eras e WHERE e.era = here.era
+                   AND NOT EXISTS (SELECT FROM dtm.eras o WHERE o.era <> e.era AND o.ordinal >= e.ordinal))
+       AND NOT EXISTS (SELECT FROM dtm.subscription s WHERE s.era IS DISTINCT FROM here.era)
+       AND NOT EXISTS (
+           SELECT FROM (SELECT (SELECT era FROM dtm.log_1 ORDER BY seq LIMIT 1)
+                        UNION ALL SELECT (SELECT era FROM dtm.log_1 ORDER BY seq DESC LIMIT 1)
+                        UNION ALL SELECT (SELECT era FROM dtm.log_2 ORDER BY seq LIMIT 1)
+                        UNION ALL SELECT (SELECT era FROM dtm.log_2 ORDER BY seq DESC LIMIT 1)
+                        UNION ALL SELECT (SELECT era FROM dtm.log_3 ORDER BY seq LIMIT 1)
+                        UNION ALL SELECT (SELECT era FROM dtm.log_3 ORDER BY seq DESC LIMIT 1)) AS of_segment (era)
+           WHERE of_segment.era IS NOT NULL AND NOT EXISTS (SELECT FROM dtm.eras e WHERE e.era = of_segment.era))
+    FROM dtm.installation here);
+
+-- Gives what came with a restore its place, if it is complete: the eras, and the subscriptions. Relays may be there before all
+-- of it is, and come back to this until it is done. False: there is something that has not been met, or was met just now; the
+-- caller's transaction should end soon, for the log is locked.
+CREATE FUNCTION dtm.meet_restored() RETURNS boolean
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
+DECLARE
+    here int := (SELECT era FROM dtm.installation);
+BEGIN
+    IF dtm.is_restoring() THEN
+        RETURN false;
     END IF;
-    SELECT coalesce(max(ordinal), 0) INTO last_ordinal FROM dtm.eras;
-    INSERT INTO dtm.eras (era, ordinal)
-    SELECT f.era, last_ordinal + row_number() OVER (ORDER BY f.era = new_era, f.n)
-    FROM (SELECT found.era, found.n FROM dtm.unregistered_eras() WITH ORDINALITY AS found (era, n)
-          WHERE found.era <> new_era
-          UNION ALL SELECT new_era, 0) f;
-    IF (SELECT count(*) FROM dtm.eras) > 1 THEN
-        UPDATE dtm.subscription SET state = 'paused', reason = 'the database was restored or copied'
-        WHERE state = 'active' AND options ->> 'on_restore' IS DISTINCT FROM 'continue';
+    IF dtm.is_met() THEN
+        RETURN true;
     END IF;
+    BEGIN
+        PERFORM dtm.order_eras(here);
+        IF EXISTS (SELECT FROM dtm.subscription s WHERE s.era IS DISTINCT FROM here) THEN
+            LOCK TABLE dtm.subscription IN EXCLUSIVE MODE;
+            -- A restore over several connections can have set the sequences while it still copies events.
+            PERFORM dtm.lock_log('SHARE');
+            IF NOT dtm.is_restoring() THEN
+                PERFORM dtm.take_over_subscriptions(here);
+            END IF;
+        END IF;
+    EXCEPTION WHEN lock_not_available THEN
+        NULL;  -- somebody is writing there: the next call may find nobody
+    END;
+    RETURN false;
 END
 $$;
 
 -- Makes a copy of a database one of its own: a new era, this environment.
 CREATE FUNCTION dtm.adopt(environment text) RETURNS void
-LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
 DECLARE
     new_era int := ('x' || left(md5(gen_random_uuid()::text), 8))::bit(32)::int;
+    in_the_way text;
 BEGIN
-    -- Every publisher of the old era has ended once these locks are held; the next ones read the new era.
-    LOCK TABLE dtm.log_1, dtm.log_2, dtm.log_3 IN SHARE ROW EXCLUSIVE MODE;
-    PERFORM dtm.register_era((SELECT era FROM dtm.installation));
+    IF dtm.is_restoring() THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = 'the database is being restored',
+            DETAIL = 'Rows are there whose sequences are not set yet.',
+            HINT = 'Try again when the restore is complete. If it was broken off, restore into an empty database.';
+    END IF;
+    BEGIN
+        PERFORM FROM dtm.installation FOR UPDATE;
+        PERFORM dtm.order_eras((SELECT era FROM dtm.installation));
+        LOCK TABLE dtm.subscription IN EXCLUSIVE MODE;
+        -- Every publisher of the old era has ended once these locks are held; the next ones read the new era. Nobody waits for
+        -- long: others wait behind this.
+        PERFORM dtm.lock_log('SHARE ROW EXCLUSIVE');
+    EXCEPTION WHEN lock_not_available THEN
+        SELECT string_agg(DISTINCT CASE WHEN l.pid IS NULL THEN format('prepared transaction %L', p.gid)
+                                        ELSE format('session %s', l.pid) END, ', ')
+        INTO in_the_way
+        FROM pg_locks l
+        -- What a prepared one has locked bears no id but that of its session's; the lock on its own id tells.
+        LEFT JOIN pg_locks own ON l.pid IS NULL AND own.pid IS NULL AND own.locktype = 'transactionid' AND own.mode = 'ExclusiveLock'
+                              AND own.virtualtransaction = l.virtualtransaction
+        LEFT JOIN pg_prepared_xacts p ON p.transaction = own.transactionid
+        WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid() AND l.mode <> 'AccessShareLock'
+          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+          AND l.relation IN ('dtm.log_1'::regclass, 'dtm.log_2'::regclass, 'dtm.log_3'::regclass, 'dtm.eras'::regclass,
+                             'dtm.subscription'::regclass);
+        RAISE EXCEPTION USING
+            ERRCODE = 'lock_not_available',
+            MESSAGE = 'transactions that have published, or changed subscriptions, are still open',
+            DETAIL = format('In the way are: %s.', coalesce(in_the_way, 'some that have ended by now')),
+            HINT = 'Try again when they have ended. ROLLBACK PREPARED ends a prepared one whose program is not there in a copy.';
+    END;
     UPDATE dtm.installation
     SET era = new_era, environment = adopt.environment,
         database = (SELECT oid FROM pg_database WHERE datname = current_database());
     PERFORM dtm.installation_changed();
-    PERFORM dtm.register_era(new_era);
+    INSERT INTO dtm.eras (era, ordinal) SELECT new_era, max(ordinal) + 1 FROM dtm.eras;
+    PERFORM dtm.take_over_subscriptions(new_era);
 END
 $$;
 
--- Where a subscription goes on, and what is delivered beyond acked. No row: it has no cursor, and must not be delivered.
+-- Where a subscription goes on, what is delivered beyond acked, and through which eras it goes. No row: it has no cursor, and must
+-- not be delivered.
 CREATE FUNCTION dtm.relay_resume(subscription bigint, shard int, epoch bigint)
-RETURNS TABLE ("position" text, target text, acked bigint, ahead bigint[], windows uuid[])
+RETURNS TABLE ("position" text, target text, acked bigint, ahead bigint[], eras int[], windows uuid[])
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT p.body, t.body, c.acked, c.ahead, c.windows
+    SELECT p.body, t.body, c.acked, c.ahead, dtm.all_eras(), c.windows
     FROM (SELECT * FROM dtm.cursor_log l
           WHERE l.subscription = relay_resume.subscription AND l.shard = relay_resume.shard AND l.epoch = relay_resume.epoch
           ORDER BY l.id DESC LIMIT 1) c
@@ -153,7 +318,7 @@ CREATE FUNCTION dtm.relay_page(from_position text, to_position text, after bigin
 LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'relay_page_of_shard_wrapper';
 
 -- Moves cursors, all in one statement. A position is a stored one's id, or -k for the k-th of the new ones. Refuses those
--- whose epoch or token is not the newest, and says which.
+-- whose epoch or token is not the newest, or that name positions which are no longer stored, and says which.
 CREATE FUNCTION dtm.relay_move(
     new_positions text[], subscriptions bigint[], shards int[], epochs bigint[], tokens bigint[],
     positions bigint[], targets bigint[], acked bigint[], OUT position_ids bigint[], OUT fenced bigint[])
@@ -161,11 +326,12 @@ LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp 
 #variable_conflict use_column
 DECLARE
     segment smallint := dtm.control_segment();
+    unknown bigint[];
     moved bigint[];
 BEGIN
     -- Against a lease that is being taken over at this moment.
     LOCK TABLE dtm.lease_log_1 IN ROW SHARE MODE;
-    PERFORM dtm.keep_positions(positions || targets);
+    unknown := dtm.keep_positions(positions || targets);
     position_ids := dtm.store_positions(new_positions);
     WITH asked AS (
         SELECT m.subscription, m.shard, m.epoch, m.token, m.acked,
@@ -173,6 +339,7 @@ BEGIN
                CASE WHEN m.target < 0 THEN position_ids[-m.target] ELSE m.target END AS target
         FROM unnest(subscriptions, shards, epochs, tokens, positions, targets, relay_move.acked)
              AS m (subscription, shard, epoch, token, "position", target, acked)
+        WHERE (m."position" = ANY (unknown) OR m.target = ANY (unknown)) IS NOT TRUE
     ), granted AS MATERIALIZED (
         SELECT nextval('dtm.cursor_id_seq') AS id, a.*
         FROM asked a
@@ -199,17 +366,18 @@ LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'append_wrapper';
 -- moves them: two that took a part each could swap events of one key.
 CREATE FUNCTION dtm.relay_due(max_rows int, OUT moved int, OUT next_in float8)
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    -- An advisory lock of this database; the number is "dtm.due" in ASCII.
-    moving CONSTANT bigint := 28275509949658469;
 BEGIN
     moved := 0;
     SELECT extract(epoch FROM min(due) - clock_timestamp()) INTO next_in FROM dtm.delayed;
     IF next_in IS NULL OR next_in > 0 THEN
         RETURN;
     END IF;
-    IF NOT pg_try_advisory_xact_lock(moving) THEN
-        next_in := 0.1;  -- whoever has the lock moves what is due
+    IF dtm.is_restoring() THEN
+        next_in := 1;  -- what is moved could take a number that a row has which is not restored yet
+        RETURN;
+    END IF;
+    IF NOT dtm.take_turn('delayed') THEN
+        next_in := 0.1;  -- whoever has the turn moves what is due
         RETURN;
     END IF;
     WITH due AS (

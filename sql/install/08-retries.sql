@@ -52,19 +52,19 @@ CREATE FUNCTION dtm.shard_of(key text, seq bigint, shards int) RETURNS int
 LANGUAGE c IMMUTABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'shard_of_wrapper';
 
 -- What a relay reports about failures and what a user does about them must not meet half way. Users lock a subscription to its
--- relays' reports until their transaction ends; relays do not wait, but report again later. The lock is an advisory one of
--- two numbers: "dtms" in ASCII, and the subscription. Users take it after its row, so that they do not wait for each other in a
--- circle. Null: there is no such subscription.
+-- relays' reports until their transaction ends; relays do not wait, but report again later. The lock is that of its row: users
+-- have it as for a deletion, relays share it as a foreign key does, which lets other changes of the row pass. Null: there is no
+-- such subscription.
 CREATE FUNCTION dtm.lock_settlements(subscription_name text) RETURNS bigint
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT s.id FROM dtm.subscription s WHERE s.name = subscription_name FOR UPDATE;
+END;
+-- One that is gone is nobody's.
+CREATE FUNCTION dtm.try_settlements(subscription bigint) RETURNS boolean
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    subscription_id bigint;
 BEGIN
-    SELECT s.id INTO subscription_id FROM dtm.subscription s WHERE s.name = subscription_name FOR UPDATE;
-    PERFORM pg_advisory_xact_lock(1685351795, (subscription_id % 2147483647)::int);
-    RETURN subscription_id;
+    PERFORM FROM dtm.subscription s WHERE s.id = try_settlements.subscription FOR KEY SHARE SKIP LOCKED;
+    RETURN FOUND OR NOT EXISTS (SELECT FROM dtm.subscription s WHERE s.id = try_settlements.subscription);
 END
 $$;
-CREATE FUNCTION dtm.try_settlements(subscription bigint) RETURNS boolean
-LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
-RETURN pg_try_advisory_xact_lock_shared(1685351795, (subscription % 2147483647)::int);

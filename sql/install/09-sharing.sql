@@ -17,8 +17,8 @@ WHERE newest.expires_at > pg_catalog.clock_timestamp();
 CREATE VIEW dtm.shares AS
 WITH unit AS (
     SELECT o.relay, o.alive
-    FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
-    WHERE s.state = 'active' AND (o.shares OR NOT o.alive)
+    FROM dtm.owners o
+    WHERE o.active AND (o.shares OR NOT o.alive)
 ), total AS (
     SELECT count(*) AS units, count(*) FILTER (WHERE NOT u.alive) AS free FROM unit u
 ), owner AS (
@@ -54,8 +54,8 @@ BEGIN
         SELECT least(s.target - s.owned, s.free) INTO lacking FROM dtm.shares s WHERE s.relay = relay_assign.relay;
         WITH taken AS MATERIALIZED (
             SELECT o.subscription, o.shard
-            FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
-            WHERE NOT o.alive AND s.state = 'active'
+            FROM dtm.owners o
+            WHERE NOT o.alive AND o.active
             ORDER BY o.subscription, o.shard LIMIT greatest(lacking, 0)
         ), first AS (
             INSERT INTO dtm.lease_log_1 (token, subscription, shard, relay)
@@ -68,8 +68,10 @@ BEGIN
     SELECT s.id, o.shard, o.shards, s.name, s.topics, s.destination, s.options, s.since, s.epoch, s.revision, o.token,
            coalesce(row_number() OVER (ORDER BY o.token DESC) <= -lacking, false)
     FROM dtm.subscription s JOIN dtm.owners o ON o.subscription = s.id
-    WHERE o.relay = relay_assign.relay AND s.state = 'active'
+    WHERE o.relay = relay_assign.relay AND o.active
     ORDER BY s.id, o.shard;
+    -- Last, for it takes locks that others wait for.
+    PERFORM dtm.meet_restored();
 END
 $$;
 
@@ -136,7 +138,8 @@ DECLARE
     segment smallint := dtm.control_segment();
     start record;
 BEGIN
-    SELECT * INTO old FROM dtm.subscription s WHERE s.name = subscription_name FOR UPDATE;
+    -- Not FOR UPDATE: relays go on reporting, unless the number of shards changes.
+    SELECT * INTO old FROM dtm.subscription s WHERE s.name = subscription_name FOR NO KEY UPDATE;
     old_shards := coalesce((old.options ->> 'shards')::int, 1);
     IF old.id IS NULL OR old_shards = new_shards THEN
         RETURN;
@@ -161,6 +164,7 @@ BEGIN
             HINT = 'Set its cursor with dtm.rewind, then subscribe again.';
     END IF;
     UPDATE dtm.subscription s SET epoch = s.epoch + 1, revision = s.revision + 1 WHERE s.id = subscription_id;
+    PERFORM nextval('dtm.start_seq');  -- an old snapshot finds cursors that have moved on since
     PERFORM dtm.keep_positions(ARRAY[start."position", start.target]);
     WITH cursor AS (
         SELECT nextval('dtm.cursor_id_seq') AS id, shard, start."position",

@@ -22,10 +22,26 @@ FROM dtm.log;
 
 COMMENT ON VIEW dtm.events IS 'The log: every event that is retained. payload is its body where that is JSON.';
 
+-- Above which number all lies that a position has not seen and that can be read by now: above its own, or above the floor (in the
+-- fifth part of its text) of a publisher that has committed since. Those that are still open hide nothing from whoever looks now.
+CREATE FUNCTION dtm.unseen_above(body text) RETURNS bigint
+LANGUAGE sql STABLE STRICT
+BEGIN ATOMIC
+    SELECT least(dtm.position_seq(body), min(floor.seq))
+    FROM (SELECT pg_catalog.split_part(f.text, '>', 1)::pg_catalog.xid8 AS xid, pg_catalog.split_part(f.text, '>', 2)::bigint AS seq
+          FROM pg_catalog.string_to_table(nullif(pg_catalog.split_part(body, '|', 5), ''), ',') AS f (text)) floor
+    -- In another era everybody has ended, and transaction ids say nothing here.
+    WHERE CASE WHEN dtm.position_era(body) = (SELECT era FROM dtm.installation)
+               THEN pg_catalog.pg_visible_in_snapshot(floor.xid, pg_catalog.pg_current_snapshot())
+                    AND pg_catalog.pg_xact_status(floor.xid) IS DISTINCT FROM 'aborted'
+               ELSE true END;
+END;
+
 -- The newest cursor of a subscription, or of a shard. It has seen what its position's snapshot sees (the fourth part of its
--- text), and in the window after it what lies up to acked; all that it has not lies above low.
+-- text), and in the window after it what lies up to acked; all that it has not lies above low, and what of it can be read by now
+-- above look_above.
 CREATE FUNCTION dtm.cursor_at(subscription bigint, shard int, epoch bigint)
-RETURNS TABLE (era int, low bigint, acked bigint, moved_at timestamptz, seen pg_snapshot, seen_then pg_snapshot)
+RETURNS TABLE (era int, low bigint, acked bigint, moved_at timestamptz, seen pg_snapshot, seen_then pg_snapshot, look_above bigint)
 LANGUAGE sql STABLE
 BEGIN ATOMIC
     SELECT p.era,
@@ -33,7 +49,9 @@ BEGIN ATOMIC
                 ELSE least(CASE WHEN c.acked = 0 THEN p.low ELSE c.acked END, t.low) END,
            c.acked, c.moved_at,
            pg_catalog.split_part(p.body, '|', 4)::pg_catalog.pg_snapshot,
-           pg_catalog.split_part(t.body, '|', 4)::pg_catalog.pg_snapshot
+           pg_catalog.split_part(t.body, '|', 4)::pg_catalog.pg_snapshot,
+           CASE WHEN p.seq = 9223372036854775807 THEN 0
+                ELSE least(CASE WHEN c.acked = 0 THEN dtm.unseen_above(p.body) ELSE c.acked END, dtm.unseen_above(t.body)) END
     FROM dtm.cursor_log c
     JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
     LEFT JOIN dtm.position_log t ON t.id = c.target AND t.segment = c.segment
@@ -65,19 +83,19 @@ BEGIN ATOMIC
     FROM dtm.log_segments() s WHERE s.last_seq > log_bytes_above.seq;
 END;
 
--- How far each subscription, or each of its shards, is. lag_events counts sequence numbers, so it is an upper bound: rolled-back
--- events, other topics, other shards, and what was delivered before a transaction that began earlier has ended, count too. Null:
--- there is no cursor.
+-- How far each subscription, or each of its shards, is. The lag is counted from the first event that it has not had. lag_events
+-- counts sequence numbers, so it is an upper bound: rolled-back events, other topics, other shards, what was delivered before a
+-- transaction that began earlier has ended, and what lies before the time that it begins at, count too. Null: there is no cursor.
 CREATE VIEW dtm.progress AS
 SELECT s.id AS subscription, o.shard,
        CASE WHEN o.alive THEN o.name END AS owner,
        CASE WHEN cursor.low IS NULL THEN NULL
             ELSE coalesce(extract(epoch FROM pg_catalog.clock_timestamp() - behind.published_at), 0) END::float8 AS lag_seconds,
        CASE WHEN cursor.low IS NULL THEN NULL
-            WHEN behind.published_at IS NULL THEN 0 ELSE head.seq - cursor.low END AS lag_events,
+            WHEN behind.seq IS NULL THEN 0 ELSE head.seq - (behind.seq - 1) END AS lag_events,
        cursor.moved_at,
        CASE WHEN cursor.low IS NULL THEN NULL
-            WHEN behind.published_at IS NULL THEN 0 ELSE dtm.log_bytes_above(cursor.low) END AS lag_bytes,
+            WHEN behind.seq IS NULL THEN 0 ELSE dtm.log_bytes_above(behind.seq - 1) END AS lag_bytes,
        behind.seq AS next_seq  -- the first that is not delivered
 FROM dtm.subscription s
 JOIN dtm.owners o ON o.subscription = s.id
@@ -88,7 +106,7 @@ LEFT JOIN dtm.eras ON eras.era = cursor.era
 -- The first that is not delivered: of the position's era, or of a later one.
 LEFT JOIN LATERAL (
     SELECT l.seq, l.published_at FROM dtm.log l
-    WHERE l.seq > cursor.low
+    WHERE l.seq > cursor.look_above
       AND CASE WHEN l.era <> cursor.era
                THEN coalesce((SELECT e.ordinal > coalesce(eras.ordinal, 2147483647) FROM dtm.eras e WHERE e.era = l.era), true)
                ELSE NOT pg_catalog.pg_visible_in_snapshot(l.xid, cursor.seen)
@@ -108,7 +126,7 @@ CROSS JOIN LATERAL (
     SELECT pg_catalog.string_agg(DISTINCT p.owner, ', ' ORDER BY p.owner) AS owner,
            CASE WHEN bool_and(p.lag_seconds IS NOT NULL) THEN max(p.lag_seconds) END AS lag_seconds,
            CASE WHEN bool_and(p.lag_events IS NOT NULL) THEN max(p.lag_events) END AS lag_events,
-           CASE WHEN bool_and(p.lag_bytes IS NOT NULL) THEN max(p.lag_bytes) END AS lag_bytes,
+           CASE WHEN bool_and(p.lag_events IS NOT NULL) THEN max(p.lag_bytes) END AS lag_bytes,
            max(p.moved_at) AS moved_at, count(*)::int AS shards, min(p.next_seq) AS next_seq
     FROM dtm.progress p WHERE p.subscription = s.id) progress;
 

@@ -6,7 +6,8 @@
 --
 -- TRUNCATE is seen by snapshots that were taken before it. A dump could find cursors that need a segment, and the segment
 -- empty. So it happens in two transactions: one writes down that nobody needs the segment, and another empties it once no
--- snapshot is held that does not see the first.
+-- snapshot is held that does not see the first. Snapshots that are taken in between find that nobody needs it either: the first
+-- lets nobody write there or set a subscription to a place meanwhile, and what does so later makes it begin anew.
 
 -- Every transaction with a smaller id has ended, as all snapshots that are held in this database see it.
 CREATE FUNCTION dtm.horizon() RETURNS bigint
@@ -34,6 +35,12 @@ JOIN dtm.owners o ON o.subscription = s.id
 LEFT JOIN LATERAL dtm.cursor_at(s.id, o.shard, s.epoch) c ON true
 WHERE s.state <> 'dropped';
 
+-- How long whoever reads or writes a segment is left alone that was in the way once: an idle transaction may stay for long, and
+-- while it is waited for, others wait.
+CREATE FUNCTION dtm.is_held_up(since timestamptz) RETURNS boolean
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+RETURN coalesce(since > clock_timestamp() - least(dtm.retention() / 10, interval '1 min'), false);
+
 -- Goes one step on with the log, if there is one to go. Answers what it did: 'rotated', 'retired', 'emptied', or
 -- 'kept', where what was retired is needed again; null: nothing.
 -- SECURITY DEFINER: a relay needs no right to truncate.
@@ -41,36 +48,49 @@ CREATE FUNCTION dtm.rotate_log() RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
 DECLARE
     here dtm.installation;
-    retired bigint[];
+    turning dtm.rotation;
     horizon bigint;
     old int;
     next int;
+    starts bigint;
 BEGIN
     PERFORM dtm.require_read_committed();
-    IF NOT pg_try_advisory_xact_lock(28275509949658470) THEN
-        RETURN NULL;  -- another relay is at it
+    IF NOT dtm.take_turn('rotation') OR NOT dtm.meet_restored() THEN
+        RETURN NULL;
     END IF;
     SELECT * INTO STRICT here FROM dtm.installation;
-    SELECT log_retired INTO STRICT retired FROM dtm.rotation;
+    SELECT * INTO STRICT turning FROM dtm.rotation;
     horizon := dtm.horizon();
-    FOR old IN SELECT n FROM generate_series(1, 3) AS n WHERE n <> here.log_segment LOOP
-        IF retired[old] < horizon THEN
+    FOR old IN SELECT n FROM generate_series(1, 3) AS n WHERE n <> here.log_segment AND NOT dtm.is_held_up(turning.log_held_up[n]) LOOP
+        IF turning.log_retired[old] < horizon THEN
             BEGIN
                 -- It waits for whoever reads or writes the segment; not for long, since others wait behind it.
                 EXECUTE format('LOCK TABLE dtm.log_%s IN ACCESS EXCLUSIVE MODE', old);
             EXCEPTION WHEN lock_not_available THEN
+                UPDATE dtm.rotation SET log_held_up[old] = clock_timestamp();
                 CONTINUE;
             END;
+            SELECT CASE WHEN is_called THEN last_value ELSE 0 END INTO starts FROM dtm.start_seq;
             UPDATE dtm.rotation SET log_retired[old] = NULL;
-            -- Somebody may have written there still, or rewound a subscription.
-            IF NOT dtm.is_needless(old) THEN
+            -- Subscriptions were set to a place since: one may need it, or may have for a snapshot that is held.
+            IF starts <> turning.log_starts[old] OR NOT dtm.is_needless(old) THEN
                 RETURN 'kept';
             END IF;
             EXECUTE format('TRUNCATE dtm.log_%s', old);
             RETURN 'emptied';
-        ELSIF retired[old] IS NULL AND dtm.is_needless(old) THEN
-            UPDATE dtm.rotation SET log_retired[old] = pg_current_xact_id()::text::bigint;
-            RETURN 'retired';
+        ELSIF turning.log_retired[old] IS NULL AND dtm.is_needless(old) THEN
+            BEGIN
+                -- Whoever writes there still, or sets a subscription to a place, has ended.
+                EXECUTE format('LOCK TABLE dtm.subscription, dtm.log_%s IN SHARE MODE', old);
+            EXCEPTION WHEN lock_not_available THEN
+                UPDATE dtm.rotation SET log_held_up[old] = clock_timestamp();
+                CONTINUE;
+            END;
+            SELECT CASE WHEN is_called THEN last_value ELSE 0 END INTO starts FROM dtm.start_seq;
+            IF dtm.is_needless(old) THEN
+                UPDATE dtm.rotation SET log_retired[old] = pg_current_xact_id()::text::bigint, log_starts[old] = starts;
+                RETURN 'retired';
+            END IF;
         END IF;
     END LOOP;
     SELECT s.segment INTO next FROM dtm.log_segments() s
@@ -87,13 +107,15 @@ BEGIN
 END
 $$;
 
--- Whether there is something in a segment of the log, and nothing of it is wanted: by the retention time, or by a subscription.
+-- Whether there is something in a segment of the log, and nothing of it is wanted: by the retention time, by a subscription, or
+-- by one that is still being restored.
 CREATE FUNCTION dtm.is_needless(segment int) RETURNS boolean
 LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
 RETURN EXISTS (
     SELECT FROM dtm.log_segments() last
     WHERE last.segment = is_needless.segment AND last.last_at < clock_timestamp() - dtm.retention()
-      AND NOT EXISTS (SELECT FROM dtm.needs n WHERE n.low IS NULL OR n.low < last.last_seq));
+      AND NOT EXISTS (SELECT FROM dtm.needs n WHERE n.low IS NULL OR n.low < last.last_seq)
+      AND NOT dtm.is_restoring());
 
 -- Copies from a segment of control data to the other one what is the newest of its kind and is not there; answers how much.
 CREATE FUNCTION dtm.copy_control(source int, target int) RETURNS bigint
@@ -138,23 +160,40 @@ BEGIN
 END
 $$;
 
+-- Locks tables of control data as a LOCK TABLE statement says. False: somebody is in the way, and is left alone for a while.
+CREATE FUNCTION dtm.try_lock_control(tables text) RETURNS boolean
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    BEGIN
+        EXECUTE 'LOCK TABLE ' || tables;
+    EXCEPTION WHEN lock_not_available THEN
+        UPDATE dtm.rotation SET control_held_up = clock_timestamp();
+        RETURN false;
+    END;
+    RETURN true;
+END
+$$;
+
 -- Goes one step on with control data: once the segment that is written has grown beyond max_bytes. Answers as rotate_log does.
 CREATE FUNCTION dtm.rotate_control(max_bytes bigint DEFAULT 33554432) RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
 DECLARE
     here dtm.installation;
-    retired bigint;
+    turning dtm.rotation;
     old int;
     is_empty boolean;
     bytes bigint;
 BEGIN
     PERFORM dtm.require_read_committed();
     -- Relays of version 0.1 name positions that may have gone.
-    IF NOT pg_try_advisory_xact_lock(28275509949658470) OR EXISTS (SELECT FROM dtm.live_relays WHERE NOT shares) THEN
+    IF NOT dtm.take_turn('rotation') OR NOT dtm.meet_restored() OR EXISTS (SELECT FROM dtm.live_relays WHERE NOT shares) THEN
         RETURN NULL;
     END IF;
     SELECT * INTO STRICT here FROM dtm.installation;
-    SELECT control_retired INTO STRICT retired FROM dtm.rotation;
+    SELECT * INTO STRICT turning FROM dtm.rotation;
+    IF dtm.is_held_up(turning.control_held_up) THEN
+        RETURN NULL;
+    END IF;
     old := 3 - here.control_segment;
     EXECUTE format('SELECT NOT (EXISTS (SELECT FROM dtm.cursor_log_%1$s) OR EXISTS (SELECT FROM dtm.position_log_%1$s)
                                 OR EXISTS (SELECT FROM dtm.lease_log_%1$s) OR EXISTS (SELECT FROM dtm.heartbeat_log_%1$s))', old)
@@ -167,19 +206,28 @@ BEGIN
             RETURN NULL;
         END IF;
         -- Whoever writes control data has ended, and whoever comes next reads the new segment.
-        LOCK TABLE dtm.rotation IN EXCLUSIVE MODE;
+        IF NOT dtm.try_lock_control('dtm.rotation IN EXCLUSIVE MODE') THEN
+            RETURN NULL;
+        END IF;
         UPDATE dtm.installation SET control_segment = old;
         PERFORM dtm.copy_control(here.control_segment, old);
         UPDATE dtm.rotation SET control_retired = pg_current_xact_id()::text::bigint;
         RETURN 'rotated';
-    ELSIF retired IS NULL THEN
-        LOCK TABLE dtm.rotation IN EXCLUSIVE MODE;
+    ELSIF turning.control_retired IS NULL THEN
+        IF NOT dtm.try_lock_control('dtm.rotation IN EXCLUSIVE MODE') THEN
+            RETURN NULL;
+        END IF;
         PERFORM dtm.copy_control(old, here.control_segment);
         UPDATE dtm.rotation SET control_retired = pg_current_xact_id()::text::bigint;
         RETURN 'retired';
-    ELSIF retired < dtm.horizon() THEN
-        EXECUTE format('LOCK TABLE dtm.cursor_log_%1$s, dtm.position_log_%1$s, dtm.lease_log_%1$s, dtm.heartbeat_log_%1$s
-                        IN ACCESS EXCLUSIVE MODE', old);
+    ELSIF turning.control_retired < dtm.horizon() THEN
+        IF NOT dtm.try_lock_control(format(
+            'dtm.cursor_log_%1$s, dtm.position_log_%1$s, dtm.lease_log_%1$s, dtm.heartbeat_log_%1$s IN ACCESS EXCLUSIVE MODE', old)) THEN
+            RETURN NULL;
+        END IF;
+        IF dtm.is_restoring() THEN
+            RETURN NULL;  -- cursors, before their subscriptions
+        END IF;
         IF dtm.copy_control(old, here.control_segment) > 0 THEN
             -- Written with an old snapshot since: for those that are held now it must stay.
             UPDATE dtm.rotation SET control_retired = pg_current_xact_id()::text::bigint;

@@ -7,6 +7,18 @@
 ALTER TABLE dtm.subscription DROP CONSTRAINT subscription_state_check;
 ALTER TABLE dtm.subscription ADD CHECK (state IN ('active', 'paused', 'disabled', 'dropped'));
 ALTER TABLE dtm.subscription ADD COLUMN revision bigint NOT NULL DEFAULT 0;
+ALTER TABLE dtm.subscription ADD COLUMN started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp();
+ALTER TABLE dtm.subscription ADD COLUMN state_before text;
+ALTER TABLE dtm.subscription ADD COLUMN reason_before text;
+ALTER TABLE dtm.subscription ADD COLUMN era int;
+-- Those of a database that was restored and that no relay has met since are left to be met.
+UPDATE dtm.subscription SET era = i.era
+FROM dtm.installation i
+WHERE i.era IN (SELECT e.era FROM dtm.eras e)
+   OR NOT EXISTS (SELECT FROM dtm.position_log_1 p WHERE p.era <> i.era)
+      AND NOT EXISTS (SELECT FROM dtm.position_log_2 p WHERE p.era <> i.era);
+ALTER TABLE dtm.eras DROP CONSTRAINT eras_ordinal_key;
+DROP FUNCTION dtm.register_era(int);
 ALTER TABLE dtm.cursor_log_1 ADD COLUMN ahead bigint[];
 ALTER TABLE dtm.cursor_log_2 ADD COLUMN ahead bigint[];
 ALTER TABLE dtm.cursor_log_1 ADD COLUMN windows uuid[];
@@ -24,9 +36,29 @@ CREATE OR REPLACE VIEW dtm.heartbeat_log AS SELECT * FROM dtm.heartbeat_log_1 UN
 CREATE TABLE dtm.rotation (
     only_row        boolean  PRIMARY KEY DEFAULT true CHECK (only_row),
     log_retired     bigint[] NOT NULL DEFAULT '{NULL,NULL,NULL}', -- by segment: the transaction that found it needed by nobody
-    control_retired bigint                    -- the transaction that copied what is needed out of the segment that is not written
+    log_starts      bigint[] NOT NULL DEFAULT '{0,0,0}', -- by segment: dtm.start_seq at that time
+    log_held_up     timestamptz[] NOT NULL DEFAULT '{NULL,NULL,NULL}', -- by segment: when somebody was in the way
+    control_retired bigint,                   -- the transaction that copied what is needed out of the segment that is not written
+    control_held_up timestamptz
 );
 INSERT INTO dtm.rotation DEFAULT VALUES;
+
+-- How often subscriptions were set to a place, be it by transactions that have not ended: what is needed of the log may have
+-- become more.
+CREATE SEQUENCE dtm.start_seq AS bigint CACHE 1;
+
+-- What one relay does at a time: it locks the row. No advisory locks: every role of the database could take those.
+CREATE TABLE dtm.turn (name text PRIMARY KEY);
+INSERT INTO dtm.turn VALUES ('rotation'), ('delayed');
+
+-- False: another relay is at it.
+CREATE FUNCTION dtm.take_turn(name text) RETURNS boolean
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM FROM dtm.turn t WHERE t.name = take_turn.name FOR UPDATE SKIP LOCKED;
+    RETURN FOUND;
+END
+$$;
 
 
 -- Subscriptions, positions and cursors.
@@ -37,14 +69,10 @@ SELECT *, 1::smallint AS segment FROM dtm.position_log_1 UNION ALL SELECT *, 2::
 CREATE OR REPLACE VIEW dtm.cursor_log AS
 SELECT *, 1::smallint AS segment FROM dtm.cursor_log_1 UNION ALL SELECT *, 2::smallint FROM dtm.cursor_log_2;
 
--- The segment that is written, which stays so until the transaction ends: rotation waits for this lock.
+-- The segment that is written, which stays so until the transaction ends: rotation waits for the lock that this takes. An old
+-- snapshot does not count, that of a REPEATABLE READ transaction for one: it is the segment of now.
 CREATE FUNCTION dtm.control_segment() RETURNS smallint
-LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    LOCK TABLE dtm.rotation IN ROW SHARE MODE;
-    RETURN (SELECT control_segment FROM dtm.installation);
-END
-$$;
+LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'control_segment_wrapper';
 
 
 CREATE OR REPLACE FUNCTION dtm.store_positions(bodies text[]) RETURNS bigint[]
@@ -90,13 +118,15 @@ END
 $$;
 
 -- A dropped subscription has lost events: nobody shall go on past that without saying so.
+-- The row stays locked: else it could be dropped between this and what its caller does.
 CREATE FUNCTION dtm.check_not_dropped(name text) RETURNS void
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    state text;
     why text;
 BEGIN
-    SELECT s.reason INTO why FROM dtm.subscription s WHERE s.name = check_not_dropped.name AND s.state = 'dropped';
-    IF FOUND THEN
+    SELECT s.state, s.reason INTO state, why FROM dtm.subscription s WHERE s.name = check_not_dropped.name FOR NO KEY UPDATE;
+    IF state = 'dropped' THEN
         RAISE EXCEPTION USING
             ERRCODE = 'object_not_in_prerequisite_state',
             MESSAGE = 'the subscription was dropped',
@@ -111,7 +141,7 @@ CREATE FUNCTION dtm.position_order(body text) RETURNS bigint[]
 LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'position_order_wrapper';
 
 -- A subscription begins where start_at says: 'now', 'earliest', or a time. Sets a cursor for each shard, and the time it skips
--- to.
+-- to. The transaction has written its row, so that rotation waits for it, or is told by dtm.start_seq.
 CREATE OR REPLACE FUNCTION dtm.start_subscription(subscription_id bigint, start_at text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -128,10 +158,11 @@ BEGIN
         END IF;
         -- Restored data that no relay has met yet has its eras, too.
         body := dtm.start_of_era(coalesce(
-            (SELECT era FROM dtm.eras ORDER BY ordinal LIMIT 1),
+            (SELECT e.era FROM dtm.eras e WHERE e.era <> (SELECT i.era FROM dtm.installation i) ORDER BY e.ordinal, e.era LIMIT 1),
             (SELECT era FROM dtm.unregistered_eras() AS era LIMIT 1),
             (SELECT era FROM dtm.installation)));
     END IF;
+    PERFORM nextval('dtm.start_seq');
     UPDATE dtm.subscription SET since = start_time WHERE id = subscription_id AND since IS DISTINCT FROM start_time;
     position_id := (dtm.store_positions(ARRAY[body]))[1];
     INSERT INTO dtm.cursor_log_1 (id, subscription, shard, epoch, token, "position", acked)
@@ -156,8 +187,8 @@ BEGIN
     PERFORM dtm.check_start_at(start_at);
     -- Until it is there or made: another session may unsubscribe between the two.
     LOOP
-        INSERT INTO dtm.subscription AS s (name, topics, destination, options)
-        VALUES (subscribe.name, subscribe.topics, subscribe.destination, subscribe.options)
+        INSERT INTO dtm.subscription AS s (name, topics, destination, options, era)
+        VALUES (subscribe.name, subscribe.topics, subscribe.destination, subscribe.options, (SELECT era FROM dtm.installation))
         ON CONFLICT ON CONSTRAINT subscription_name_key DO NOTHING
         RETURNING s.id INTO subscription_id;
         IF FOUND THEN
@@ -220,8 +251,10 @@ BEGIN
     PERFORM dtm.check_start_at(start_at);
     subscription_id := dtm.lock_settlements(name);
     UPDATE dtm.subscription AS s
-    SET epoch = s.epoch + 1, state = CASE s.state WHEN 'dropped' THEN 'active' ELSE s.state END,
-        reason = CASE s.state WHEN 'dropped' THEN NULL ELSE s.reason END
+    SET epoch = s.epoch + 1, started_at = clock_timestamp(),
+        state = CASE s.state WHEN 'dropped' THEN s.state_before ELSE s.state END,
+        reason = CASE s.state WHEN 'dropped' THEN s.reason_before ELSE s.reason END,
+        state_before = NULL, reason_before = NULL
     WHERE s.id = subscription_id;
     IF NOT FOUND THEN
         PERFORM dtm.raise_no_subscription(name);
@@ -241,7 +274,8 @@ COMMENT ON FUNCTION dtm.rewind(text, text) IS
 CREATE OR REPLACE VIEW dtm.owners AS
 SELECT s.id AS subscription, unit.shard, lease.token, lease.relay, heartbeat.name,
        coalesce(heartbeat.expires_at > pg_catalog.clock_timestamp(), false) AS alive,
-       coalesce((s.options ->> 'shards')::int, 1) AS shards, coalesce(heartbeat.shares, false) AS shares
+       coalesce((s.options ->> 'shards')::int, 1) AS shards, coalesce(heartbeat.shares, false) AS shares,
+       s.state = 'active' AND s.era = (SELECT i.era FROM dtm.installation i) AS active  -- not one of a restore that nobody has met
 FROM dtm.subscription s
 CROSS JOIN LATERAL (
     SELECT (n.th - 1)::int AS shard
@@ -283,35 +317,328 @@ DECLARE
     segment smallint;
 BEGIN
     PERFORM dtm.heartbeat(relay_lease.relay, relay_name, clock_timestamp() + make_interval(secs => lease_seconds));
-    IF EXISTS (SELECT FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
-               WHERE NOT o.alive AND o.shards = 1 AND s.state = 'active') THEN
+    IF EXISTS (SELECT FROM dtm.owners o WHERE NOT o.alive AND o.shards = 1 AND o.active) THEN
         -- Waits for cursors on their way: what an owner wrote is read by the next, what it writes later is refused.
         LOCK TABLE dtm.lease_log_1 IN EXCLUSIVE MODE;
         segment := dtm.control_segment();
         INSERT INTO dtm.lease_log_1 (token, subscription, shard, relay)
         SELECT nextval('dtm.lease_token_seq'), o.subscription, 0, relay_lease.relay
-        FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
-        WHERE NOT o.alive AND o.shards = 1 AND s.state = 'active' AND segment = 1;
+        FROM dtm.owners o WHERE NOT o.alive AND o.shards = 1 AND o.active AND segment = 1;
         INSERT INTO dtm.lease_log_2 (token, subscription, shard, relay)
         SELECT nextval('dtm.lease_token_seq'), o.subscription, 0, relay_lease.relay
-        FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
-        WHERE NOT o.alive AND o.shards = 1 AND s.state = 'active' AND segment = 2;
+        FROM dtm.owners o WHERE NOT o.alive AND o.shards = 1 AND o.active AND segment = 2;
     END IF;
     RETURN QUERY
     SELECT s.id, o.shard, s.name, s.topics, s.destination, s.options, s.since, s.epoch, o.token
     FROM dtm.subscription s JOIN dtm.owners o ON o.subscription = s.id
-    WHERE o.relay = relay_lease.relay AND o.shards = 1 AND s.state = 'active';
+    WHERE o.relay = relay_lease.relay AND o.shards = 1 AND o.active;
+    -- Last, for it takes locks that others wait for.
+    PERFORM dtm.meet_restored();
 END
 $$;
 
 -- What a relay calls.
 
--- Where a subscription goes on, and what is delivered beyond acked. No row: it has no cursor, and must not be delivered.
-CREATE FUNCTION dtm.relay_resume(subscription bigint, shard int, epoch bigint)
-RETURNS TABLE ("position" text, target text, acked bigint, ahead bigint[], windows uuid[])
+-- Refuses a database that this relay must not deliver from; names the eras of its log, oldest first.
+CREATE OR REPLACE FUNCTION dtm.relay_hello(environment text)
+RETURNS TABLE (era int, eras int[], source text, version text, preloaded boolean)
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    here dtm.installation;
+BEGIN
+    IF pg_is_in_recovery() THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = 'the server is a standby',
+            DETAIL = 'A standby''s snapshots do not tell which transactions have ended on the primary.',
+            HINT = 'Connect the relay to the primary; with several hosts in its URL it finds it.';
+    END IF;
+    SELECT * INTO STRICT here FROM dtm.installation;
+    IF here.database <> (SELECT oid FROM pg_database WHERE datname = current_database()) THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = 'this database is a copy of another one',
+            DETAIL = 'Its subscriptions and cursors are those of the original, which delivers the same events.',
+            HINT = 'If it shall deliver on its own from here on, run "dtm-relay adopt".';
+    END IF;
+    IF here.environment IS NULL THEN
+        UPDATE dtm.installation SET environment = relay_hello.environment WHERE environment IS NULL;
+        SELECT * INTO STRICT here FROM dtm.installation;
+    END IF;
+    IF here.environment <> relay_hello.environment THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = 'this database belongs to another environment',
+            DETAIL = format('It belongs to %L, the relay to %L.', here.environment, relay_hello.environment),
+            HINT = 'If the database is a copy that shall deliver on its own, run "dtm-relay adopt"; else correct the relay''s setting "environment".';
+    END IF;
+    PERFORM dtm.meet_restored();
+    RETURN QUERY SELECT here.era, dtm.all_eras(), dtm.source(),
+        (SELECT extversion FROM pg_extension WHERE extname = 'pg_dtm'), dtm.library_preloaded();
+END
+$$;
+
+-- Whether rows bear numbers that their sequences have not given out: a restore is under way, for all sequences are set after all
+-- rows. Until then it is not known what else will come, so nothing is delivered of it, moved, or taken for needless.
+-- enable_seqscan: rows that were just restored have no statistics. jit: reading a sequence counts as a great cost then.
+CREATE FUNCTION dtm.is_restoring() RETURNS boolean
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off
+RETURN EXISTS (
+    SELECT FROM (
+        SELECT (SELECT max(id) FROM dtm.subscription), (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.subscription_id_seq)
+        UNION ALL
+        SELECT greatest((SELECT max(id) FROM dtm.cursor_log_1), (SELECT max(id) FROM dtm.cursor_log_2)),
+               (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.cursor_id_seq)
+        UNION ALL
+        SELECT greatest((SELECT max(id) FROM dtm.position_log_1), (SELECT max(id) FROM dtm.position_log_2)),
+               (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.position_id_seq)
+        UNION ALL
+        SELECT greatest((SELECT max(seq) FROM dtm.log_1), (SELECT max(seq) FROM dtm.log_2), (SELECT max(seq) FROM dtm.log_3)),
+               (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.event_seq)
+        UNION ALL
+        SELECT (SELECT n FROM dtm.delayed ORDER BY due, n LIMIT 1),
+               (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.delayed_seq)
+    ) AS of_table (greatest, given_out)
+    WHERE of_table.greatest > of_table.given_out);
+
+-- All eras, oldest first: this database's own is the last.
+CREATE FUNCTION dtm.all_eras() RETURNS int[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+RETURN ARRAY(SELECT e.era FROM dtm.eras e WHERE e.era <> (SELECT i.era FROM dtm.installation i) ORDER BY e.ordinal, e.era)
+       || (SELECT i.era FROM dtm.installation i);
+
+-- The eras of a segment of the log in their order, each with its first number. Numbers go on over a restore, so an era's events
+-- stand together, and the index finds where the next begins.
+CREATE FUNCTION dtm.eras_of_segment(segment int) RETURNS TABLE (era int, seq bigint)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+    from_here CONSTANT text := format('SELECT l.seq, l.era FROM dtm.log_%s l WHERE l.seq >= $1 ORDER BY l.seq LIMIT 1', segment);
+    last record;
+    low bigint;   -- of this era …
+    high bigint;  -- … and at or above this one comes another
+    middle bigint;
+    found record;
+BEGIN
+    EXECUTE format('SELECT l.seq, l.era FROM dtm.log_%s l ORDER BY l.seq DESC LIMIT 1', segment) INTO last;
+    EXECUTE from_here INTO seq, era USING 0::bigint;
+    WHILE seq IS NOT NULL LOOP
+        RETURN NEXT;
+        EXIT WHEN era = last.era;
+        low := seq;
+        high := last.seq;
+        WHILE high - low > 1 LOOP
+            middle := low + (high - low) / 2;
+            EXECUTE from_here INTO found USING middle;
+            IF found.era = era THEN
+                low := found.seq;
+            ELSE
+                high := middle;
+            END IF;
+        END LOOP;
+        EXECUTE from_here INTO seq, era USING high;
+    END LOOP;
+END
+$$;
+
+-- The eras in restored data that no relay has met, oldest first. Numbers of events and positions go on over a restore, so
+-- every row of a later era has a greater one; where an era has left nothing but positions, their ids tell.
+CREATE OR REPLACE FUNCTION dtm.unregistered_eras() RETURNS SETOF int
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    SELECT p.body, t.body, c.acked, c.ahead, c.windows
+    SELECT f.era
+    FROM (SELECT l.era, l.seq - 1 AS seq, NULL::bigint AS id
+          FROM generate_series(1, 3) AS segment, dtm.eras_of_segment(segment) l
+          UNION ALL
+          SELECT p.era, min(p.seq), min(p.id) FROM dtm.position_log p GROUP BY p.era) f
+    WHERE NOT EXISTS (SELECT FROM dtm.eras e WHERE e.era = f.era)
+    GROUP BY f.era
+    ORDER BY min(f.seq), min(f.id) NULLS LAST;
+END;
+
+-- Gives all eras their places, the given one the last. The data may have come through several databases that no relay ever
+-- saw: their eras go behind those that some relay has met.
+CREATE FUNCTION dtm.order_eras(last_era int) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    LOCK TABLE dtm.eras IN SHARE ROW EXCLUSIVE MODE;
+    INSERT INTO dtm.eras AS e (era, ordinal)
+    SELECT a.era, row_number() OVER (ORDER BY a.era = last_era, a.ordinal NULLS LAST, a.n, a.era)
+    FROM (SELECT known.era, known.ordinal, 0 AS n FROM dtm.eras known WHERE known.era <> last_era
+          UNION ALL
+          SELECT found.era, NULL, found.n FROM dtm.unregistered_eras() WITH ORDINALITY AS found (era, n) WHERE found.era <> last_era
+          UNION ALL
+          SELECT last_era, NULL, 0) a
+    ON CONFLICT (era) DO UPDATE SET ordinal = excluded.ordinal WHERE e.ordinal <> excluded.ordinal;
+END
+$$;
+
+-- Subscriptions that came from elsewhere wait for dtm.resume unless they say otherwise: a copy of production must not call
+-- production's customers.
+CREATE FUNCTION dtm.take_over_subscriptions(new_era int) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    why CONSTANT text := 'the database was restored or copied';
+BEGIN
+    UPDATE dtm.subscription s
+    SET state = 'paused', reason = why
+    WHERE s.era IS DISTINCT FROM new_era AND s.state = 'active' AND s.options ->> 'on_restore' IS DISTINCT FROM 'continue';
+    -- Nor does one that was dropped, when it is rewound.
+    UPDATE dtm.subscription s
+    SET state_before = 'paused', reason_before = why
+    WHERE s.era IS DISTINCT FROM new_era AND s.state_before = 'active' AND s.options ->> 'on_restore' IS DISTINCT FROM 'continue';
+    UPDATE dtm.subscription s SET era = new_era WHERE s.era IS DISTINCT FROM new_era;
+    IF FOUND THEN
+        UPDATE dtm.eras SET began_at = clock_timestamp() WHERE era = new_era;  -- nothing has waited for them before
+    END IF;
+END
+$$;
+
+-- Locks the log, the segment that is written last: whoever publishes waits for the last of these locks only.
+CREATE FUNCTION dtm.lock_log(mode text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    segment int;
+BEGIN
+    FOR segment IN SELECT n FROM generate_series(1, 3) AS n, dtm.installation i ORDER BY n = i.log_segment, n LOOP
+        EXECUTE format('LOCK TABLE dtm.log_%s IN %s MODE', segment, mode);
+    END LOOP;
+END
+$$;
+
+-- Whether nothing is there that came with a restore and that no relay has met. The settings: as above.
+CREATE FUNCTION dtm.is_met() RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off
+RETURN (
+    SELECT EXISTS (SELECT FROM dtm.eras e WHERE e.era = here.era
+                   AND NOT EXISTS (SELECT FROM dtm.eras o WHERE o.era <> e.era AND o.ordinal >= e.ordinal))
+       AND NOT EXISTS (SELECT FROM dtm.subscription s WHERE s.era IS DISTINCT FROM here.era)
+       AND NOT EXISTS (
+           SELECT FROM (SELECT (SELECT era FROM dtm.log_1 ORDER BY seq LIMIT 1)
+                        UNION ALL SELECT (SELECT era FROM dtm.log_1 ORDER BY seq DESC LIMIT 1)
+                        UNION ALL SELECT (SELECT era FROM dtm.log_2 ORDER BY seq LIMIT 1)
+                        UNION ALL SELECT (SELECT era FROM dtm.log_2 ORDER BY seq DESC LIMIT 1)
+                        UNION ALL SELECT (SELECT era FROM dtm.log_3 ORDER BY seq LIMIT 1)
+                        UNION ALL SELECT (SELECT era FROM dtm.log_3 ORDER BY seq DESC LIMIT 1)) AS of_segment (era)
+           WHERE of_segment.era IS NOT NULL AND NOT EXISTS (SELECT FROM dtm.eras e WHERE e.era = of_segment.era))
+    FROM dtm.installation here);
+
+-- Gives what came with a restore its place, if it is complete: the eras, and the subscriptions. Relays may be there before all
+-- of it is, and come back to this until it is done. False: there is something that has not been met, or was met just now; the
+-- caller's transaction should end soon, for the log is locked.
+CREATE FUNCTION dtm.meet_restored() RETURNS boolean
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
+DECLARE
+    here int := (SELECT era FROM dtm.installation);
+BEGIN
+    IF dtm.is_restoring() THEN
+        RETURN false;
+    END IF;
+    IF dtm.is_met() THEN
+        RETURN true;
+    END IF;
+    BEGIN
+        PERFORM dtm.order_eras(here);
+        IF EXISTS (SELECT FROM dtm.subscription s WHERE s.era IS DISTINCT FROM here) THEN
+            LOCK TABLE dtm.subscription IN EXCLUSIVE MODE;
+            -- A restore over several connections can have set the sequences while it still copies events.
+            PERFORM dtm.lock_log('SHARE');
+            IF NOT dtm.is_restoring() THEN
+                PERFORM dtm.take_over_subscriptions(here);
+            END IF;
+        END IF;
+    EXCEPTION WHEN lock_not_available THEN
+        NULL;  -- somebody is writing there: the next call may find nobody
+    END;
+    RETURN false;
+END
+$$;
+
+-- Makes a copy of a database one of its own: a new era, this environment.
+CREATE OR REPLACE FUNCTION dtm.adopt(environment text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
+DECLARE
+    new_era int := ('x' || left(md5(gen_random_uuid()::text), 8))::bit(32)::int;
+    in_the_way text;
+BEGIN
+    IF dtm.is_restoring() THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'object_not_in_prerequisite_state',
+            MESSAGE = 'the database is being restored',
+            DETAIL = 'Rows are there whose sequences are not set yet.',
+            HINT = 'Try again when the restore is complete. If it was broken off, restore into an empty database.';
+    END IF;
+    BEGIN
+        PERFORM FROM dtm.installation FOR UPDATE;
+        PERFORM dtm.order_eras((SELECT era FROM dtm.installation));
+        LOCK TABLE dtm.subscription IN EXCLUSIVE MODE;
+        -- Every publisher of the old era has ended once these locks are held; the next ones read the new era. Nobody waits for
+        -- long: others wait behind this.
+        PERFORM dtm.lock_log('SHARE ROW EXCLUSIVE');
+    EXCEPTION WHEN lock_not_available THEN
+        SELECT string_agg(DISTINCT CASE WHEN l.pid IS NULL THEN format('prepared transaction %L', p.gid)
+                                        ELSE format('session %s', l.pid) END, ', ')
+        INTO in_the_way
+        FROM pg_locks l
+        -- What a prepared one has locked bears no id but that of its session's; the lock on its own id tells.
+        LEFT JOIN pg_locks own ON l.pid IS NULL AND own.pid IS NULL AND own.locktype = 'transactionid' AND own.mode = 'ExclusiveLock'
+                              AND own.virtualtransaction = l.virtualtransaction
+        LEFT JOIN pg_prepared_xacts p ON p.transaction = own.transactionid
+        WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid() AND l.mode <> 'AccessShareLock'
+          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+          AND l.relation IN ('dtm.log_1'::regclass, 'dtm.log_2'::regclass, 'dtm.log_3'::regclass, 'dtm.eras'::regclass,
+                             'dtm.subscription'::regclass);
+        RAISE EXCEPTION USING
+            ERRCODE = 'lock_not_available',
+            MESSAGE = 'transactions that have published, or changed subscriptions, are still open',
+            DETAIL = format('In the way are: %s.', coalesce(in_the_way, 'some that have ended by now')),
+            HINT = 'Try again when they have ended. ROLLBACK PREPARED ends a prepared one whose program is not there in a copy.';
+    END;
+    UPDATE dtm.installation
+    SET era = new_era, environment = adopt.environment,
+        database = (SELECT oid FROM pg_database WHERE datname = current_database());
+    PERFORM dtm.installation_changed();
+    INSERT INTO dtm.eras (era, ordinal) SELECT new_era, max(ordinal) + 1 FROM dtm.eras;
+    PERFORM dtm.take_over_subscriptions(new_era);
+END
+$$;
+
+-- Moves events that are due into the log. next_in: seconds until the next one is, null if none waits. One relay at a time
+-- moves them: two that took a part each could swap events of one key.
+CREATE OR REPLACE FUNCTION dtm.relay_due(max_rows int, OUT moved int, OUT next_in float8)
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    moved := 0;
+    SELECT extract(epoch FROM min(due) - clock_timestamp()) INTO next_in FROM dtm.delayed;
+    IF next_in IS NULL OR next_in > 0 THEN
+        RETURN;
+    END IF;
+    IF dtm.is_restoring() THEN
+        next_in := 1;  -- what is moved could take a number that a row has which is not restored yet
+        RETURN;
+    END IF;
+    IF NOT dtm.take_turn('delayed') THEN
+        next_in := 0.1;  -- whoever has the turn moves what is due
+        RETURN;
+    END IF;
+    WITH due AS (
+        DELETE FROM dtm.delayed d WHERE d.ctid = ANY (ARRAY(
+            SELECT w.ctid FROM dtm.delayed w WHERE w.due <= clock_timestamp() ORDER BY w.due, w.n LIMIT max_rows))
+        RETURNING d.*
+    )
+    SELECT count(dtm.append(o.id, o.topic, o.key, o.content_type, o.headers, o.payload)) INTO moved
+    FROM (SELECT * FROM due ORDER BY due.due, due.n) o;
+    SELECT extract(epoch FROM min(due) - clock_timestamp()) INTO next_in FROM dtm.delayed;
+END
+$$;
+
+-- Where a subscription goes on, what is delivered beyond acked, and through which eras it goes. No row: it has no cursor, and must
+-- not be delivered.
+CREATE FUNCTION dtm.relay_resume(subscription bigint, shard int, epoch bigint)
+RETURNS TABLE ("position" text, target text, acked bigint, ahead bigint[], eras int[], windows uuid[])
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT p.body, t.body, c.acked, c.ahead, dtm.all_eras(), c.windows
     FROM (SELECT * FROM dtm.cursor_log l
           WHERE l.subscription = relay_resume.subscription AND l.shard = relay_resume.shard AND l.epoch = relay_resume.epoch
           ORDER BY l.id DESC LIMIT 1) c
@@ -330,7 +657,7 @@ BEGIN ATOMIC
 END;
 
 -- Moves cursors, all in one statement. A position is a stored one's id, or -k for the k-th of the new ones. Refuses those
--- whose epoch or token is not the newest, and says which.
+-- whose epoch or token is not the newest, or that name positions which are no longer stored, and says which.
 CREATE OR REPLACE FUNCTION dtm.relay_move(
     new_positions text[], subscriptions bigint[], shards int[], epochs bigint[], tokens bigint[],
     positions bigint[], targets bigint[], acked bigint[], OUT position_ids bigint[], OUT fenced bigint[])
@@ -338,11 +665,12 @@ LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp 
 #variable_conflict use_column
 DECLARE
     segment smallint := dtm.control_segment();
+    unknown bigint[];
     moved bigint[];
 BEGIN
     -- Against a lease that is being taken over at this moment.
     LOCK TABLE dtm.lease_log_1 IN ROW SHARE MODE;
-    PERFORM dtm.keep_positions(positions || targets);
+    unknown := dtm.keep_positions(positions || targets);
     position_ids := dtm.store_positions(new_positions);
     WITH asked AS (
         SELECT m.subscription, m.shard, m.epoch, m.token, m.acked,
@@ -350,6 +678,7 @@ BEGIN
                CASE WHEN m.target < 0 THEN position_ids[-m.target] ELSE m.target END AS target
         FROM unnest(subscriptions, shards, epochs, tokens, positions, targets, relay_move.acked)
              AS m (subscription, shard, epoch, token, "position", target, acked)
+        WHERE (m."position" = ANY (unknown) OR m.target = ANY (unknown)) IS NOT TRUE
     ), granted AS MATERIALIZED (
         SELECT nextval('dtm.cursor_id_seq') AS id, a.*
         FROM asked a
@@ -426,22 +755,22 @@ CREATE FUNCTION dtm.shard_of(key text, seq bigint, shards int) RETURNS int
 LANGUAGE c IMMUTABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'shard_of_wrapper';
 
 -- What a relay reports about failures and what a user does about them must not meet half way. Users lock a subscription to its
--- relays' reports until their transaction ends; relays do not wait, but report again later. The lock is an advisory one of
--- two numbers: "dtms" in ASCII, and the subscription. Users take it after its row, so that they do not wait for each other in a
--- circle. Null: there is no such subscription.
+-- relays' reports until their transaction ends; relays do not wait, but report again later. The lock is that of its row: users
+-- have it as for a deletion, relays share it as a foreign key does, which lets other changes of the row pass. Null: there is no
+-- such subscription.
 CREATE FUNCTION dtm.lock_settlements(subscription_name text) RETURNS bigint
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT s.id FROM dtm.subscription s WHERE s.name = subscription_name FOR UPDATE;
+END;
+-- One that is gone is nobody's.
+CREATE FUNCTION dtm.try_settlements(subscription bigint) RETURNS boolean
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    subscription_id bigint;
 BEGIN
-    SELECT s.id INTO subscription_id FROM dtm.subscription s WHERE s.name = subscription_name FOR UPDATE;
-    PERFORM pg_advisory_xact_lock(1685351795, (subscription_id % 2147483647)::int);
-    RETURN subscription_id;
+    PERFORM FROM dtm.subscription s WHERE s.id = try_settlements.subscription FOR KEY SHARE SKIP LOCKED;
+    RETURN FOUND OR NOT EXISTS (SELECT FROM dtm.subscription s WHERE s.id = try_settlements.subscription);
 END
 $$;
-CREATE FUNCTION dtm.try_settlements(subscription bigint) RETURNS boolean
-LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
-RETURN pg_try_advisory_xact_lock_shared(1685351795, (subscription % 2147483647)::int);
 
 -- Any number of relays share what is to be delivered: units, which are subscriptions or shards of them, as evenly as it goes.
 
@@ -461,8 +790,8 @@ WHERE newest.expires_at > pg_catalog.clock_timestamp();
 CREATE VIEW dtm.shares AS
 WITH unit AS (
     SELECT o.relay, o.alive
-    FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
-    WHERE s.state = 'active' AND (o.shares OR NOT o.alive)
+    FROM dtm.owners o
+    WHERE o.active AND (o.shares OR NOT o.alive)
 ), total AS (
     SELECT count(*) AS units, count(*) FILTER (WHERE NOT u.alive) AS free FROM unit u
 ), owner AS (
@@ -498,8 +827,8 @@ BEGIN
         SELECT least(s.target - s.owned, s.free) INTO lacking FROM dtm.shares s WHERE s.relay = relay_assign.relay;
         WITH taken AS MATERIALIZED (
             SELECT o.subscription, o.shard
-            FROM dtm.owners o JOIN dtm.subscription s ON s.id = o.subscription
-            WHERE NOT o.alive AND s.state = 'active'
+            FROM dtm.owners o
+            WHERE NOT o.alive AND o.active
             ORDER BY o.subscription, o.shard LIMIT greatest(lacking, 0)
         ), first AS (
             INSERT INTO dtm.lease_log_1 (token, subscription, shard, relay)
@@ -512,8 +841,10 @@ BEGIN
     SELECT s.id, o.shard, o.shards, s.name, s.topics, s.destination, s.options, s.since, s.epoch, s.revision, o.token,
            coalesce(row_number() OVER (ORDER BY o.token DESC) <= -lacking, false)
     FROM dtm.subscription s JOIN dtm.owners o ON o.subscription = s.id
-    WHERE o.relay = relay_assign.relay AND s.state = 'active'
+    WHERE o.relay = relay_assign.relay AND o.active
     ORDER BY s.id, o.shard;
+    -- Last, for it takes locks that others wait for.
+    PERFORM dtm.meet_restored();
 END
 $$;
 
@@ -580,7 +911,8 @@ DECLARE
     segment smallint := dtm.control_segment();
     start record;
 BEGIN
-    SELECT * INTO old FROM dtm.subscription s WHERE s.name = subscription_name FOR UPDATE;
+    -- Not FOR UPDATE: relays go on reporting, unless the number of shards changes.
+    SELECT * INTO old FROM dtm.subscription s WHERE s.name = subscription_name FOR NO KEY UPDATE;
     old_shards := coalesce((old.options ->> 'shards')::int, 1);
     IF old.id IS NULL OR old_shards = new_shards THEN
         RETURN;
@@ -605,6 +937,7 @@ BEGIN
             HINT = 'Set its cursor with dtm.rewind, then subscribe again.';
     END IF;
     UPDATE dtm.subscription s SET epoch = s.epoch + 1, revision = s.revision + 1 WHERE s.id = subscription_id;
+    PERFORM nextval('dtm.start_seq');  -- an old snapshot finds cursors that have moved on since
     PERFORM dtm.keep_positions(ARRAY[start."position", start.target]);
     WITH cursor AS (
         SELECT nextval('dtm.cursor_id_seq') AS id, shard, start."position",
@@ -955,10 +1288,26 @@ COMMENT ON FUNCTION dtm.redrive(text, uuid[], text, timestamptz, int, boolean) I
 COMMENT ON FUNCTION dtm.discard(text, uuid[], text, timestamptz, int, boolean) IS
     'Deletes dead letters: by id, by topic (a pattern), published at a time or later.';
 
+-- Above which number all lies that a position has not seen and that can be read by now: above its own, or above the floor (in the
+-- fifth part of its text) of a publisher that has committed since. Those that are still open hide nothing from whoever looks now.
+CREATE FUNCTION dtm.unseen_above(body text) RETURNS bigint
+LANGUAGE sql STABLE STRICT
+BEGIN ATOMIC
+    SELECT least(dtm.position_seq(body), min(floor.seq))
+    FROM (SELECT pg_catalog.split_part(f.text, '>', 1)::pg_catalog.xid8 AS xid, pg_catalog.split_part(f.text, '>', 2)::bigint AS seq
+          FROM pg_catalog.string_to_table(nullif(pg_catalog.split_part(body, '|', 5), ''), ',') AS f (text)) floor
+    -- In another era everybody has ended, and transaction ids say nothing here.
+    WHERE CASE WHEN dtm.position_era(body) = (SELECT era FROM dtm.installation)
+               THEN pg_catalog.pg_visible_in_snapshot(floor.xid, pg_catalog.pg_current_snapshot())
+                    AND pg_catalog.pg_xact_status(floor.xid) IS DISTINCT FROM 'aborted'
+               ELSE true END;
+END;
+
 -- The newest cursor of a subscription, or of a shard. It has seen what its position's snapshot sees (the fourth part of its
--- text), and in the window after it what lies up to acked; all that it has not lies above low.
+-- text), and in the window after it what lies up to acked; all that it has not lies above low, and what of it can be read by now
+-- above look_above.
 CREATE FUNCTION dtm.cursor_at(subscription bigint, shard int, epoch bigint)
-RETURNS TABLE (era int, low bigint, acked bigint, moved_at timestamptz, seen pg_snapshot, seen_then pg_snapshot)
+RETURNS TABLE (era int, low bigint, acked bigint, moved_at timestamptz, seen pg_snapshot, seen_then pg_snapshot, look_above bigint)
 LANGUAGE sql STABLE
 BEGIN ATOMIC
     SELECT p.era,
@@ -966,7 +1315,9 @@ BEGIN ATOMIC
                 ELSE least(CASE WHEN c.acked = 0 THEN p.low ELSE c.acked END, t.low) END,
            c.acked, c.moved_at,
            pg_catalog.split_part(p.body, '|', 4)::pg_catalog.pg_snapshot,
-           pg_catalog.split_part(t.body, '|', 4)::pg_catalog.pg_snapshot
+           pg_catalog.split_part(t.body, '|', 4)::pg_catalog.pg_snapshot,
+           CASE WHEN p.seq = 9223372036854775807 THEN 0
+                ELSE least(CASE WHEN c.acked = 0 THEN dtm.unseen_above(p.body) ELSE c.acked END, dtm.unseen_above(t.body)) END
     FROM dtm.cursor_log c
     JOIN dtm.position_log p ON p.id = c."position" AND p.segment = c.segment
     LEFT JOIN dtm.position_log t ON t.id = c.target AND t.segment = c.segment
@@ -998,19 +1349,19 @@ BEGIN ATOMIC
     FROM dtm.log_segments() s WHERE s.last_seq > log_bytes_above.seq;
 END;
 
--- How far each subscription, or each of its shards, is. lag_events counts sequence numbers, so it is an upper bound: rolled-back
--- events, other topics, other shards, and what was delivered before a transaction that began earlier has ended, count too. Null:
--- there is no cursor.
+-- How far each subscription, or each of its shards, is. The lag is counted from the first event that it has not had. lag_events
+-- counts sequence numbers, so it is an upper bound: rolled-back events, other topics, other shards, what was delivered before a
+-- transaction that began earlier has ended, and what lies before the time that it begins at, count too. Null: there is no cursor.
 CREATE VIEW dtm.progress AS
 SELECT s.id AS subscription, o.shard,
        CASE WHEN o.alive THEN o.name END AS owner,
        CASE WHEN cursor.low IS NULL THEN NULL
             ELSE coalesce(extract(epoch FROM pg_catalog.clock_timestamp() - behind.published_at), 0) END::float8 AS lag_seconds,
        CASE WHEN cursor.low IS NULL THEN NULL
-            WHEN behind.published_at IS NULL THEN 0 ELSE head.seq - cursor.low END AS lag_events,
+            WHEN behind.seq IS NULL THEN 0 ELSE head.seq - (behind.seq - 1) END AS lag_events,
        cursor.moved_at,
        CASE WHEN cursor.low IS NULL THEN NULL
-            WHEN behind.published_at IS NULL THEN 0 ELSE dtm.log_bytes_above(cursor.low) END AS lag_bytes,
+            WHEN behind.seq IS NULL THEN 0 ELSE dtm.log_bytes_above(behind.seq - 1) END AS lag_bytes,
        behind.seq AS next_seq  -- the first that is not delivered
 FROM dtm.subscription s
 JOIN dtm.owners o ON o.subscription = s.id
@@ -1021,7 +1372,7 @@ LEFT JOIN dtm.eras ON eras.era = cursor.era
 -- The first that is not delivered: of the position's era, or of a later one.
 LEFT JOIN LATERAL (
     SELECT l.seq, l.published_at FROM dtm.log l
-    WHERE l.seq > cursor.low
+    WHERE l.seq > cursor.look_above
       AND CASE WHEN l.era <> cursor.era
                THEN coalesce((SELECT e.ordinal > coalesce(eras.ordinal, 2147483647) FROM dtm.eras e WHERE e.era = l.era), true)
                ELSE NOT pg_catalog.pg_visible_in_snapshot(l.xid, cursor.seen)
@@ -1041,7 +1392,7 @@ CROSS JOIN LATERAL (
     SELECT pg_catalog.string_agg(DISTINCT p.owner, ', ' ORDER BY p.owner) AS owner,
            CASE WHEN bool_and(p.lag_seconds IS NOT NULL) THEN max(p.lag_seconds) END AS lag_seconds,
            CASE WHEN bool_and(p.lag_events IS NOT NULL) THEN max(p.lag_events) END AS lag_events,
-           CASE WHEN bool_and(p.lag_bytes IS NOT NULL) THEN max(p.lag_bytes) END AS lag_bytes,
+           CASE WHEN bool_and(p.lag_events IS NOT NULL) THEN max(p.lag_bytes) END AS lag_bytes,
            max(p.moved_at) AS moved_at, count(*)::int AS shards, min(p.next_seq) AS next_seq
     FROM dtm.progress p WHERE p.subscription = s.id) progress;
 
@@ -1088,7 +1439,8 @@ COMMENT ON VIEW dtm.dead_letters IS 'What was given up. dtm.redrive tries it aga
 --
 -- TRUNCATE is seen by snapshots that were taken before it. A dump could find cursors that need a segment, and the segment
 -- empty. So it happens in two transactions: one writes down that nobody needs the segment, and another empties it once no
--- snapshot is held that does not see the first.
+-- snapshot is held that does not see the first. Snapshots that are taken in between find that nobody needs it either: the first
+-- lets nobody write there or set a subscription to a place meanwhile, and what does so later makes it begin anew.
 
 -- Every transaction with a smaller id has ended, as all snapshots that are held in this database see it.
 CREATE FUNCTION dtm.horizon() RETURNS bigint
@@ -1116,6 +1468,12 @@ JOIN dtm.owners o ON o.subscription = s.id
 LEFT JOIN LATERAL dtm.cursor_at(s.id, o.shard, s.epoch) c ON true
 WHERE s.state <> 'dropped';
 
+-- How long whoever reads or writes a segment is left alone that was in the way once: an idle transaction may stay for long, and
+-- while it is waited for, others wait.
+CREATE FUNCTION dtm.is_held_up(since timestamptz) RETURNS boolean
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+RETURN coalesce(since > clock_timestamp() - least(dtm.retention() / 10, interval '1 min'), false);
+
 -- Goes one step on with the log, if there is one to go. Answers what it did: 'rotated', 'retired', 'emptied', or
 -- 'kept', where what was retired is needed again; null: nothing.
 -- SECURITY DEFINER: a relay needs no right to truncate.
@@ -1123,36 +1481,49 @@ CREATE FUNCTION dtm.rotate_log() RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
 DECLARE
     here dtm.installation;
-    retired bigint[];
+    turning dtm.rotation;
     horizon bigint;
     old int;
     next int;
+    starts bigint;
 BEGIN
     PERFORM dtm.require_read_committed();
-    IF NOT pg_try_advisory_xact_lock(28275509949658470) THEN
-        RETURN NULL;  -- another relay is at it
+    IF NOT dtm.take_turn('rotation') OR NOT dtm.meet_restored() THEN
+        RETURN NULL;
     END IF;
     SELECT * INTO STRICT here FROM dtm.installation;
-    SELECT log_retired INTO STRICT retired FROM dtm.rotation;
+    SELECT * INTO STRICT turning FROM dtm.rotation;
     horizon := dtm.horizon();
-    FOR old IN SELECT n FROM generate_series(1, 3) AS n WHERE n <> here.log_segment LOOP
-        IF retired[old] < horizon THEN
+    FOR old IN SELECT n FROM generate_series(1, 3) AS n WHERE n <> here.log_segment AND NOT dtm.is_held_up(turning.log_held_up[n]) LOOP
+        IF turning.log_retired[old] < horizon THEN
             BEGIN
                 -- It waits for whoever reads or writes the segment; not for long, since others wait behind it.
                 EXECUTE format('LOCK TABLE dtm.log_%s IN ACCESS EXCLUSIVE MODE', old);
             EXCEPTION WHEN lock_not_available THEN
+                UPDATE dtm.rotation SET log_held_up[old] = clock_timestamp();
                 CONTINUE;
             END;
+            SELECT CASE WHEN is_called THEN last_value ELSE 0 END INTO starts FROM dtm.start_seq;
             UPDATE dtm.rotation SET log_retired[old] = NULL;
-            -- Somebody may have written there still, or rewound a subscription.
-            IF NOT dtm.is_needless(old) THEN
+            -- Subscriptions were set to a place since: one may need it, or may have for a snapshot that is held.
+            IF starts <> turning.log_starts[old] OR NOT dtm.is_needless(old) THEN
                 RETURN 'kept';
             END IF;
             EXECUTE format('TRUNCATE dtm.log_%s', old);
             RETURN 'emptied';
-        ELSIF retired[old] IS NULL AND dtm.is_needless(old) THEN
-            UPDATE dtm.rotation SET log_retired[old] = pg_current_xact_id()::text::bigint;
-            RETURN 'retired';
+        ELSIF turning.log_retired[old] IS NULL AND dtm.is_needless(old) THEN
+            BEGIN
+                -- Whoever writes there still, or sets a subscription to a place, has ended.
+                EXECUTE format('LOCK TABLE dtm.subscription, dtm.log_%s IN SHARE MODE', old);
+            EXCEPTION WHEN lock_not_available THEN
+                UPDATE dtm.rotation SET log_held_up[old] = clock_timestamp();
+                CONTINUE;
+            END;
+            SELECT CASE WHEN is_called THEN last_value ELSE 0 END INTO starts FROM dtm.start_seq;
+            IF dtm.is_needless(old) THEN
+                UPDATE dtm.rotation SET log_retired[old] = pg_current_xact_id()::text::bigint, log_starts[old] = starts;
+                RETURN 'retired';
+            END IF;
         END IF;
     END LOOP;
     SELECT s.segment INTO next FROM dtm.log_segments() s
@@ -1169,13 +1540,15 @@ BEGIN
 END
 $$;
 
--- Whether there is something in a segment of the log, and nothing of it is wanted: by the retention time, or by a subscription.
+-- Whether there is something in a segment of the log, and nothing of it is wanted: by the retention time, by a subscription, or
+-- by one that is still being restored.
 CREATE FUNCTION dtm.is_needless(segment int) RETURNS boolean
 LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
 RETURN EXISTS (
     SELECT FROM dtm.log_segments() last
     WHERE last.segment = is_needless.segment AND last.last_at < clock_timestamp() - dtm.retention()
-      AND NOT EXISTS (SELECT FROM dtm.needs n WHERE n.low IS NULL OR n.low < last.last_seq));
+      AND NOT EXISTS (SELECT FROM dtm.needs n WHERE n.low IS NULL OR n.low < last.last_seq)
+      AND NOT dtm.is_restoring());
 
 -- Copies from a segment of control data to the other one what is the newest of its kind and is not there; answers how much.
 CREATE FUNCTION dtm.copy_control(source int, target int) RETURNS bigint
@@ -1220,23 +1593,40 @@ BEGIN
 END
 $$;
 
+-- Locks tables of control data as a LOCK TABLE statement says. False: somebody is in the way, and is left alone for a while.
+CREATE FUNCTION dtm.try_lock_control(tables text) RETURNS boolean
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    BEGIN
+        EXECUTE 'LOCK TABLE ' || tables;
+    EXCEPTION WHEN lock_not_available THEN
+        UPDATE dtm.rotation SET control_held_up = clock_timestamp();
+        RETURN false;
+    END;
+    RETURN true;
+END
+$$;
+
 -- Goes one step on with control data: once the segment that is written has grown beyond max_bytes. Answers as rotate_log does.
 CREATE FUNCTION dtm.rotate_control(max_bytes bigint DEFAULT 33554432) RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
 DECLARE
     here dtm.installation;
-    retired bigint;
+    turning dtm.rotation;
     old int;
     is_empty boolean;
     bytes bigint;
 BEGIN
     PERFORM dtm.require_read_committed();
     -- Relays of version 0.1 name positions that may have gone.
-    IF NOT pg_try_advisory_xact_lock(28275509949658470) OR EXISTS (SELECT FROM dtm.live_relays WHERE NOT shares) THEN
+    IF NOT dtm.take_turn('rotation') OR NOT dtm.meet_restored() OR EXISTS (SELECT FROM dtm.live_relays WHERE NOT shares) THEN
         RETURN NULL;
     END IF;
     SELECT * INTO STRICT here FROM dtm.installation;
-    SELECT control_retired INTO STRICT retired FROM dtm.rotation;
+    SELECT * INTO STRICT turning FROM dtm.rotation;
+    IF dtm.is_held_up(turning.control_held_up) THEN
+        RETURN NULL;
+    END IF;
     old := 3 - here.control_segment;
     EXECUTE format('SELECT NOT (EXISTS (SELECT FROM dtm.cursor_log_%1$s) OR EXISTS (SELECT FROM dtm.position_log_%1$s)
                                 OR EXISTS (SELECT FROM dtm.lease_log_%1$s) OR EXISTS (SELECT FROM dtm.heartbeat_log_%1$s))', old)
@@ -1249,19 +1639,28 @@ BEGIN
             RETURN NULL;
         END IF;
         -- Whoever writes control data has ended, and whoever comes next reads the new segment.
-        LOCK TABLE dtm.rotation IN EXCLUSIVE MODE;
+        IF NOT dtm.try_lock_control('dtm.rotation IN EXCLUSIVE MODE') THEN
+            RETURN NULL;
+        END IF;
         UPDATE dtm.installation SET control_segment = old;
         PERFORM dtm.copy_control(here.control_segment, old);
         UPDATE dtm.rotation SET control_retired = pg_current_xact_id()::text::bigint;
         RETURN 'rotated';
-    ELSIF retired IS NULL THEN
-        LOCK TABLE dtm.rotation IN EXCLUSIVE MODE;
+    ELSIF turning.control_retired IS NULL THEN
+        IF NOT dtm.try_lock_control('dtm.rotation IN EXCLUSIVE MODE') THEN
+            RETURN NULL;
+        END IF;
         PERFORM dtm.copy_control(old, here.control_segment);
         UPDATE dtm.rotation SET control_retired = pg_current_xact_id()::text::bigint;
         RETURN 'retired';
-    ELSIF retired < dtm.horizon() THEN
-        EXECUTE format('LOCK TABLE dtm.cursor_log_%1$s, dtm.position_log_%1$s, dtm.lease_log_%1$s, dtm.heartbeat_log_%1$s
-                        IN ACCESS EXCLUSIVE MODE', old);
+    ELSIF turning.control_retired < dtm.horizon() THEN
+        IF NOT dtm.try_lock_control(format(
+            'dtm.cursor_log_%1$s, dtm.position_log_%1$s, dtm.lease_log_%1$s, dtm.heartbeat_log_%1$s IN ACCESS EXCLUSIVE MODE', old)) THEN
+            RETURN NULL;
+        END IF;
+        IF dtm.is_restoring() THEN
+            RETURN NULL;  -- cursors, before their subscriptions
+        END IF;
         IF dtm.copy_control(old, here.control_segment) > 0 THEN
             -- Written with an old snapshot since: for those that are held now it must stay.
             UPDATE dtm.rotation SET control_retired = pg_current_xact_id()::text::bigint;
@@ -1278,43 +1677,76 @@ END
 $$;
 
 -- A subscriber that is away holds the log, also where its subscription is paused or disabled. How far it may lag behind is an
--- option, and whether it is dropped then.
+-- option, and whether it is dropped then. Relays look, and drop what lags too far at several looks and does not catch up between
+-- them: one look does not tell who is away from who was kept waiting.
 
 CREATE FUNCTION dtm.lag_policy(options jsonb, OUT drops boolean, OUT max_seconds float8, OUT max_bytes bigint) RETURNS SETOF record
 LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE ROWS 1 AS 'MODULE_PATHNAME', 'lag_policy_wrapper';
 
--- Subscriptions that lag behind further than they may. Drops those that say so: their cursor stays where it is, but holds
--- nothing any more. lost: what a dropped one has lost.
-CREATE FUNCTION dtm.watch_lag() RETURNS TABLE (name text, state text, lag_seconds float8, lag_bytes bigint, lost text)
+INSERT INTO dtm.turn VALUES ('lag');
+
+-- How far each subscription that is not dropped lags behind, beside how far it may.
+CREATE VIEW dtm.lag AS
+SELECT s.id, s.name, s.state,
+       -- Others than before: somebody has done something about it, and an earlier look says nothing any more.
+       pg_catalog.hashtextextended(pg_catalog.format('%s %s %s', s.epoch, s.state, s.options), 0) AS terms,
+       s.lag_seconds, s.lag_events, s.lag_bytes, s.next_seq,
+       s.lag_events IS NOT NULL AS has_cursor,
+       coalesce(s.lag_seconds > policy.max_seconds OR s.lag_bytes > policy.max_bytes, false) AS is_late,
+       -- Events that are older than the subscription, or came with a restore, have not waited for it for all their age.
+       policy.drops AND coalesce(
+           least(s.lag_seconds, extract(epoch FROM pg_catalog.clock_timestamp() - greatest(begun.started_at, era.began_at)))
+               > policy.max_seconds
+           OR s.lag_bytes > policy.max_bytes, false) AS may_be_dropped
+FROM dtm.subscriptions s
+JOIN dtm.subscription begun ON begun.id = s.id
+CROSS JOIN LATERAL dtm.lag_policy(s.options) policy
+LEFT JOIN (SELECT e.began_at FROM dtm.eras e JOIN dtm.installation i ON i.era = e.era) era ON true
+WHERE s.state <> 'dropped';
+
+-- Subscriptions that lag behind further than they may, and those that have no cursor (and hold all of the log). A row of nulls:
+-- nobody was looked at, since another relay is looking, or a restore is not complete.
+CREATE FUNCTION dtm.watch_lag()
+RETURNS TABLE (id bigint, name text, state text, terms bigint, lag_seconds float8, lag_events bigint, lag_bytes bigint,
+               has_cursor boolean, may_be_dropped boolean)
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT dtm.take_turn('lag') OR NOT dtm.meet_restored() THEN
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    RETURN QUERY
+    SELECT l.id, l.name, l.state, l.terms, l.lag_seconds, l.lag_events, l.lag_bytes, l.has_cursor, l.may_be_dropped
+    FROM dtm.lag l WHERE l.is_late OR NOT l.has_cursor ORDER BY l.name;
+END
+$$;
+
+-- Drops a subscription if it lags too far behind still, by at least so many events, on the terms of that look. Its cursor stays
+-- where it is, but holds nothing any more. Answers what it has lost; null: it is not dropped.
+CREATE FUNCTION dtm.drop_late(subscription bigint, terms bigint, least_events bigint) RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    late record;
+    late dtm.lag;
+    lost text;
 BEGIN
-    FOR late IN
-        SELECT s.id, s.name, s.state, s.lag_seconds, s.lag_bytes, s.next_seq, policy.*
-        FROM dtm.subscriptions s CROSS JOIN LATERAL dtm.lag_policy(s.options) policy
-        WHERE s.state <> 'dropped' AND (s.lag_seconds > policy.max_seconds OR s.lag_bytes > policy.max_bytes)
-        ORDER BY s.name
-    LOOP
-        name := late.name;
-        state := late.state;
-        lag_seconds := late.lag_seconds;
-        lag_bytes := late.lag_bytes;
-        lost := NULL;
-        IF late.drops THEN
-            PERFORM FROM dtm.subscription s WHERE s.id = late.id FOR NO KEY UPDATE SKIP LOCKED;
-            IF FOUND THEN
-                lost := format('events %s to %s', late.next_seq,
-                               (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.event_seq));
-                UPDATE dtm.subscription s
-                SET state = 'dropped', revision = s.revision + 1,
-                    reason = format('it lagged %s s and %s bytes behind, and has lost %s', round(late.lag_seconds),
-                                    late.lag_bytes, lost)
-                WHERE s.id = late.id;
-            END IF;
-        END IF;
-        RETURN NEXT;
-    END LOOP;
+    -- Whoever has it locked is changing it.
+    PERFORM FROM dtm.subscription s WHERE s.id = drop_late.subscription FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    -- A statement of its own: it sees what was changed until the row was locked.
+    SELECT * INTO late FROM dtm.lag l
+    WHERE l.id = drop_late.subscription AND l.terms = drop_late.terms AND l.may_be_dropped AND l.lag_events >= least_events;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    lost := format('events %s to %s', late.next_seq,
+                   (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.event_seq));
+    UPDATE dtm.subscription s
+    SET state = 'dropped', state_before = s.state, reason_before = s.reason, revision = s.revision + 1,
+        reason = format('it lagged %s s and %s bytes behind, and has lost %s', round(late.lag_seconds), late.lag_bytes, lost)
+    WHERE s.id = drop_late.subscription;
+    RETURN lost;
 END
 $$;
 

@@ -114,7 +114,7 @@ fn load() -> State {
     let schema = unsafe { pg_sys::get_namespace_oid(c"dtm".as_ptr(), false) };
     let segment = |table, index| Segment { table: relation(schema, table), index: relation(schema, index) };
     let installation = relation(schema, c"installation");
-    let (era, current) = read_installation(installation);
+    let Installation { era, log_segment: current, .. } = read_installation(installation);
     State {
         installation,
         segments: [
@@ -131,10 +131,20 @@ fn load() -> State {
     }
 }
 
-/// The era and the index of the current segment: read without rights of the caller, as a part of publishing.
-fn read_installation(installation: pg_sys::Oid) -> (i32, usize) {
+/// The row of dtm.installation.
+struct Installation {
+    era: i32,
+    /// As an index.
+    log_segment: usize,
+    control_segment: i16,
+}
+
+/// Reads dtm.installation without rights of the caller, as a part of publishing, and as it is now: the scan's snapshot is a fresh
+/// one, however old that of the transaction is.
+fn read_installation(installation: pg_sys::Oid) -> Installation {
     const ERA: usize = 1;
     const LOG_SEGMENT: usize = 4;
+    const CONTROL_SEGMENT: usize = 5;
     const COLUMNS: usize = 6;
     // SAFETY: the table has the columns of 01-installation.sql; values are read before the scan ends.
     unsafe {
@@ -153,7 +163,11 @@ fn read_installation(installation: pg_sys::Oid) -> (i32, usize) {
             let mut values = [pg_sys::Datum::from(0); COLUMNS];
             let mut nulls = [false; COLUMNS];
             pg_sys::heap_deform_tuple(tuple, (*table).rd_att, values.as_mut_ptr(), nulls.as_mut_ptr());
-            (values[ERA].value() as i32, values[LOG_SEGMENT].value() as i16 as usize - 1)
+            Installation {
+                era: values[ERA].value() as i32,
+                log_segment: values[LOG_SEGMENT].value() as i16 as usize - 1,
+                control_segment: values[CONTROL_SEGMENT].value() as i16,
+            }
         });
         pg_sys::systable_endscan(scan);
         pg_sys::table_close(table, lock);
@@ -163,6 +177,17 @@ fn read_installation(installation: pg_sys::Oid) -> (i32, usize) {
             Refusal::new(code, "the extension pg_dtm is damaged", "dtm.installation is empty.", hint).raise()
         })
     }
+}
+
+/// The segment of control data that is written, which stays so until the transaction ends: who changes it waits for the lock.
+#[pg_extern]
+fn control_segment() -> i16 {
+    // SAFETY: a catalog look-up inside a transaction, and a lock on a table that exists.
+    let schema = unsafe { pg_sys::get_namespace_oid(c"dtm".as_ptr(), false) };
+    let rotation = relation(schema, c"rotation");
+    // SAFETY: as above; it is let go when the transaction ends.
+    unsafe { pg_sys::LockRelationOid(rotation, pg_sys::RowShareLock as pg_sys::LOCKMODE) };
+    read_installation(relation(schema, c"installation")).control_segment
 }
 
 /// Tells all sessions, at commit, that dtm.installation changed.

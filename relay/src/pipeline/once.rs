@@ -28,7 +28,7 @@ use crate::sink::kafka_once::OnceWriter;
 use crate::source::cursors::Cursor;
 use crate::source::error::SourceError;
 use crate::source::mark::Mark;
-use crate::source::pages::{PageRequest, StoredCursor};
+use crate::source::pages::{PageRequest, Resumed, StoredCursor};
 use crate::source::settlement::{Attempt, Leave, Parked, Settlement};
 
 /// Events of a transaction at the most, and their bytes, about.
@@ -188,8 +188,10 @@ struct Once<'a> {
 impl<'a> Once<'a> {
     async fn begin(pipeline: &'a mut Pipeline, sink: Arc<KafkaSink>, is_single: bool) -> Result<Self, Ended> {
         leased(pipeline).await?;
-        let era = pipeline.eras.last().copied().unwrap_or_default();
-        let unit = pipeline.wanted.unit;
+        let (unit, epoch) = (pipeline.wanted.unit, pipeline.owner.epoch);
+        let no_cursor = || Ended::again("it has no cursor; dtm.rewind sets one");
+        let before = pipeline.pages.resume(unit, epoch).await?.ok_or_else(no_cursor)?;
+        let era = before.eras.last().copied().unwrap_or_default();
         let name = format!("dtm-{:08x}-{}-{}", era.cast_unsigned(), unit.subscription, unit.shard);
         let begun = tokio::select! {
             begun = OnceWriter::begin(sink, &name, is_single) => begun,
@@ -198,14 +200,12 @@ impl<'a> Once<'a> {
         };
         let (writer, position) = begun.map_err(Ended::again)?;
         // After the writer has begun: what an earlier one has moved is stored or never will be.
-        let stored = pipeline.pages.resume(unit, pipeline.owner.epoch).await?;
-        let (mut cursor, parked) =
-            stored.ok_or_else(|| Ended::again("it has no cursor; dtm.rewind sets one"))?;
-        let done = reconcile(&mut cursor, position, pipeline.owner.epoch, &pipeline.name);
+        let stored = pipeline.pages.resume(unit, epoch).await?;
+        let Resumed { mut cursor, eras, parked } = stored.ok_or_else(no_cursor)?;
+        let done = reconcile(&mut cursor, position, epoch, &pipeline.name);
         let windows = cursor.windows.clone();
         let open = cursor.target.clone().filter(|_| !windows.is_empty());
         let ahead = Ahead::delivered(cursor.ahead.iter().copied());
-        let eras = pipeline.eras.clone();
         let (reader, progress) =
             Reader::new(cursor, ahead, eras).map_err(|error| Ended::again(error.to_string()))?;
         let (done, parked): (Vec<Parked>, Vec<Parked>) =

@@ -22,7 +22,7 @@ use crate::source::cursors::{Cursor, Cursors, Owner};
 use crate::source::error::SourceError;
 use crate::source::head::Head;
 use crate::source::mark::Mark;
-use crate::source::pages::{PageRequest, Pages, Wanted};
+use crate::source::pages::{PageRequest, Pages, Resumed, Wanted};
 use crate::source::settlement::{Attempt, Leave, Settlement};
 use crate::source::tail::Tail;
 
@@ -80,8 +80,6 @@ pub struct Pipeline {
     pub valid_until: watch::Receiver<Instant>,
     /// The memory that it may use.
     pub share: Share,
-    /// All eras of the log.
-    pub eras: Arc<[i32]>,
     /// Its bounds.
     pub bounds: Bounds,
     /// Asks it to stop: nothing new is sent, what is in flight is waited for.
@@ -118,9 +116,8 @@ impl Pipeline {
         }
         loop {
             let again_at = match self.pages.resume(self.wanted.unit, self.owner.epoch).await {
-                Ok(Some((cursor, parked))) => {
-                    let (eras, parking) = (self.eras.clone(), self.bounds.parking);
-                    let depth = self.sink.depth();
+                Ok(Some(Resumed { cursor, eras, parked })) => {
+                    let (parking, depth) = (self.bounds.parking, self.sink.depth());
                     match Flow::new(cursor, parked, eras, &self.options, parking, depth, Instant::now()) {
                         Ok(flow) => return self.work(flow).await,
                         Err(error) => {

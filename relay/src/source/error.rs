@@ -83,6 +83,11 @@ impl SourceError {
         matches!(self, SourceError::Database { sqlstate, .. } if !sqlstate.starts_with("08") && !sqlstate.starts_with("57P"))
     }
 
+    /// Whether somebody else's transaction was in the way.
+    pub fn is_lock_not_available(&self) -> bool {
+        self.sqlstate() == Some(SqlState::LOCK_NOT_AVAILABLE.code())
+    }
+
     /// Passes over an error of the statement alone, which holds up nothing else, and tells of it.
     pub(super) fn tolerate(self) -> Result<(), Self> {
         if !self.spares_connection() {

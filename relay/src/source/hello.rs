@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Whether a database is one that this relay can and may deliver from.
 
-use std::sync::Arc;
-
 use dtm_core::PROTOCOL;
 
 use super::error::SourceError;
@@ -13,8 +11,6 @@ use super::link::Link;
 pub struct Greeting {
     /// The era that it writes now.
     pub era: i32,
-    /// All eras that its log has, oldest first.
-    pub eras: Arc<[i32]>,
     /// Who its events are from: `ce-source`.
     pub source: String,
     /// The extension's version.
@@ -28,11 +24,11 @@ pub async fn hello(link: &Link, environment: &str) -> Result<Greeting, SourceErr
     let version = check_extension(link).await?;
     check_protocol(link, &version).await?;
     let what = "introducing the relay";
-    let row = link.query_one(what, "SELECT * FROM dtm.relay_hello($1)", &[&environment]).await?;
-    let eras: Vec<i32> = row.get("eras");
+    let row = link
+        .query_one(what, "SELECT era, source, version, preloaded FROM dtm.relay_hello($1)", &[&environment])
+        .await?;
     Ok(Greeting {
         era: row.get("era"),
-        eras: eras.into(),
         source: row.get("source"),
         version: row.get("version"),
         preloaded: row.get("preloaded"),

@@ -32,6 +32,17 @@ pub struct StoredCursor {
     pub windows: Vec<Uuid>,
 }
 
+/// What is known of a subscription when it begins.
+#[derive(Debug)]
+pub struct Resumed {
+    /// Where it goes on.
+    pub cursor: StoredCursor,
+    /// All eras that the log has, oldest first. They are read with the cursor: those of a restore can come while a session lasts.
+    pub eras: Arc<[i32]>,
+    /// What of it is parked.
+    pub parked: Vec<Parked>,
+}
+
 /// A subscription, or a shard of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Unit {
@@ -122,7 +133,7 @@ impl Pages {
         for link in links {
             let page = link.prepare("preparing to read pages", PAGE).await?;
             let cursor =
-                "SELECT \"position\", target, acked, ahead, windows FROM dtm.relay_resume($1, $2, $3)";
+                "SELECT \"position\", target, acked, ahead, eras, windows FROM dtm.relay_resume($1, $2, $3)";
             let cursor = link.prepare("preparing to read cursors", cursor).await?;
             let what = "preparing to read parked events";
             let parked =
@@ -134,12 +145,8 @@ impl Pages {
         Ok(Pages { idle: Mutex::new(readers), places })
     }
 
-    /// Where a subscription goes on, and what of it is parked; `None` if it has no cursor, which must not be.
-    pub async fn resume(
-        &self,
-        unit: Unit,
-        epoch: i64,
-    ) -> Result<Option<(StoredCursor, Vec<Parked>)>, SourceError> {
+    /// Where a subscription goes on; `None` if it has no cursor, which must not be.
+    pub async fn resume(&self, unit: Unit, epoch: i64) -> Result<Option<Resumed>, SourceError> {
         let what = "reading a cursor";
         let Unit { subscription, shard, shards } = unit;
         let reader = self.take().await?;
@@ -148,11 +155,12 @@ impl Pages {
         let target = row.get::<_, Option<String>>(1).map(|text| Mark::parse(what, text)).transpose()?;
         let position = Mark::parse(what, row.get(0))?;
         let ahead = row.get::<_, Option<Vec<i64>>>(3).unwrap_or_default();
-        let windows = row.get::<_, Option<Vec<Uuid>>>(4).unwrap_or_default();
+        let windows = row.get::<_, Option<Vec<Uuid>>>(5).unwrap_or_default();
         let cursor = StoredCursor { position, target, acked: row.get(2), ahead, windows };
+        let eras = row.get::<_, Vec<i32>>(4).into();
         let what = "reading what is parked";
         let rows = reader.link.query(what, &reader.parked, &[&subscription, &shard, &shards]).await?;
-        Ok(Some((cursor, rows.iter().map(parked).collect())))
+        Ok(Some(Resumed { cursor, eras, parked: rows.iter().map(parked).collect() }))
     }
 
     /// Reads a page. Answers how many bytes of memory its events share, too.

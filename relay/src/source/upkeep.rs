@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: PostgreSQL
 //! What keeps a database in shape: segments turn over, old ids and receipts are purged, and who lags too far behind is told of.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -24,6 +25,8 @@ pub struct Upkeep {
     pub every: Duration,
     /// Cursors, positions, leases and heartbeats turn over at this size, in bytes.
     pub control_bytes: i64,
+    /// A subscription that lags too far behind and does not catch up is dropped after so long, if it says so.
+    pub lag_patience: Duration,
 }
 
 /// Works until the connection fails.
@@ -31,17 +34,12 @@ pub async fn follow(link: Link, upkeep: Upkeep) -> Result<Infallible, SourceErro
     let log = link.prepare("rotating the log", "SELECT dtm.rotate_log()").await?;
     let control = link.prepare("rotating control data", "SELECT dtm.rotate_control($1)").await?;
     let purge = link.prepare("purging", "SELECT dtm.purge($1)").await?;
-    let lag = "SELECT name, state, lag_seconds, lag_bytes, lost FROM dtm.watch_lag()";
-    let lag = link.prepare("looking who lags behind", lag).await?;
+    let mut lag = Lag::watch(&link, upkeep.lag_patience).await?;
     let mut rounds = tokio::time::interval(upkeep.every);
     rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut reminders = Reminders::after(Duration::ZERO);
     loop {
         rounds.tick().await;
-        match link.query("looking who lags behind", &lag, &[]).await {
-            Ok(rows) => complain(&rows, &mut reminders),
-            Err(error) => error.tolerate()?,
-        }
+        lag.look(&link).await?;
         rotate(&link, "rotating the log", &log, &[]).await?;
         rotate(&link, "rotating control data", &control, &[&upkeep.control_bytes]).await?;
         for _ in 0..STEPS {
@@ -74,32 +72,183 @@ async fn rotate(
     Ok(())
 }
 
-fn complain(rows: &[Row], reminders: &mut Reminders<String>) {
-    let is_dropped = |row: &&Row| row.get::<_, Option<&str>>(4).is_some();
-    let (dropped, late): (Vec<&Row>, Vec<&Row>) = rows.iter().partition(is_dropped);
-    let lag = |row: &Row| (row.get::<_, Option<f64>>(2), row.get::<_, Option<i64>>(3));
-    for row in dropped {
-        let (name, lost) = (row.get::<_, &str>(0), row.get::<_, &str>(4));
-        let ((lag_seconds, lag_bytes), hint) = (lag(row), "dtm.rewind brings it back");
-        tracing::error!(
-            subscription = name,
-            lag_seconds,
-            lag_bytes,
-            hint,
-            "it lagged too far behind and is dropped: it has lost {lost}"
+/// Who lags behind: told of, and dropped after a while.
+struct Lag {
+    look: Statement,
+    drop: Statement,
+    patience: Patience,
+    late: Reminders<String>,
+    lost: Reminders<String>,
+}
+
+impl Lag {
+    async fn watch(link: &Link, patience: Duration) -> Result<Self, SourceError> {
+        let look = "SELECT id, name, state, terms, lag_seconds, lag_events, lag_bytes, has_cursor, may_be_dropped \
+                    FROM dtm.watch_lag()";
+        Ok(Lag {
+            look: link.prepare("looking who lags behind", look).await?,
+            drop: link.prepare("dropping who lags behind", "SELECT dtm.drop_late($1, $2, $3)").await?,
+            patience: Patience::of(patience),
+            late: Reminders::after(Duration::ZERO),
+            lost: Reminders::after(Duration::ZERO),
+        })
+    }
+
+    async fn look(&mut self, link: &Link) -> Result<(), SourceError> {
+        let rows = match link.query("looking who lags behind", &self.look, &[]).await {
+            Ok(rows) => rows,
+            Err(error) => return error.tolerate(),
+        };
+        if rows.iter().any(|row| row.get::<_, Option<i64>>(0).is_none()) {
+            return Ok(()); // another relay is looking, or a restore is not complete
+        }
+        let (mut late, lost): (Vec<&Row>, Vec<&Row>) = rows.iter().partition(|row| row.get(7));
+        let looks = late.iter().filter(|row| row.get(8));
+        let looks = looks.map(|row| (row.get(0), Look { terms: row.get(3), events: row.get(5) })).collect();
+        for (id, first) in self.patience.exhausted(looks, Instant::now()) {
+            match link
+                .query_one("dropping who lags behind", &self.drop, &[&id, &first.terms, &first.events])
+                .await
+            {
+                Ok(row) => {
+                    let Some(lost) = row.get::<_, Option<&str>>(0) else { continue };
+                    for row in late.extract_if(.., |row| row.get::<_, i64>(0) == id) {
+                        tell_of_drop(row, lost);
+                    }
+                }
+                Err(error) => error.tolerate()?,
+            }
+        }
+        for row in due(&mut self.late, late) {
+            let (name, state) = (row.get::<_, &str>(1), row.get::<_, &str>(2));
+            let (lag_seconds, lag_bytes) = measures(row);
+            tracing::warn!(
+                subscription = name,
+                state,
+                lag_seconds,
+                lag_bytes,
+                "it lags far behind, and the log is kept for it"
+            );
+        }
+        for row in due(&mut self.lost, lost) {
+            let (name, state) = (row.get::<_, &str>(1), row.get::<_, &str>(2));
+            let hint = "dtm.rewind sets one: to 'now', to 'earliest', or to a time";
+            tracing::error!(
+                subscription = name,
+                state,
+                hint,
+                "it has no cursor, and all of the log is kept for it"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Those that are to be told of.
+fn due<'a>(reminders: &mut Reminders<String>, mut rows: Vec<&'a Row>) -> Vec<&'a Row> {
+    let names: Vec<String> = rows.iter().map(|row| row.get(1)).collect();
+    let due = reminders.due(&names, Instant::now());
+    rows.retain(|row| due.contains(&row.get(1)));
+    rows
+}
+
+fn measures(row: &Row) -> (Option<f64>, Option<i64>) {
+    (row.get(4), row.get(6))
+}
+
+fn tell_of_drop(row: &Row, lost: &str) {
+    let (name, (lag_seconds, lag_bytes)) = (row.get::<_, &str>(1), measures(row));
+    let hint = "dtm.rewind brings it back";
+    tracing::error!(
+        subscription = name,
+        lag_seconds,
+        lag_bytes,
+        hint,
+        "it lagged too far behind and is dropped: it has lost {lost}"
+    );
+}
+
+/// What was seen of a subscription that lags too far behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Look {
+    /// If they are others, somebody has done something about it.
+    terms: i64,
+    /// How many events it has not had.
+    events: i64,
+}
+
+/// When subscriptions that lag too far behind were seen first: who catches up is given the time that it takes.
+struct Patience {
+    length: Duration,
+    known: HashMap<i64, (Instant, Look)>,
+}
+
+impl Patience {
+    fn of(length: Duration) -> Self {
+        Patience { length, known: HashMap::new() }
+    }
+
+    /// These, and no others, lag too far behind now. Answers those that do since long and have not caught up, with the first
+    /// look at them.
+    fn exhausted(&mut self, late: Vec<(i64, Look)>, now: Instant) -> Vec<(i64, Look)> {
+        let before = std::mem::take(&mut self.known);
+        let mut exhausted = Vec::new();
+        for (id, look) in late {
+            let first = before.get(&id).copied().filter(|(_, first)| first.terms == look.terms);
+            let (mut since, mut first) = first.unwrap_or((now, look));
+            if now.duration_since(since) >= self.length {
+                if look.events < first.events {
+                    (since, first) = (now, look);
+                } else {
+                    exhausted.push((id, first));
+                }
+            }
+            self.known.insert(id, (since, first));
+        }
+        exhausted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn look(events: i64) -> Look {
+        Look { terms: 7, events }
+    }
+
+    #[test]
+    fn who_is_late_at_two_looks_and_has_not_caught_up_between_them_has_exhausted_the_patience() {
+        let (mut patience, begin) = (Patience::of(60 * SECOND), Instant::now());
+        assert!(patience.exhausted(vec![(1, look(10)), (2, look(10)), (3, look(10))], begin).is_empty());
+        // Of the looks between them none counts but for who is not late at all.
+        assert!(patience.exhausted(vec![(1, look(5)), (2, look(20))], begin + 59 * SECOND).is_empty());
+        let later = vec![(1, look(10)), (2, look(9)), (3, look(10))];
+        assert_eq!(patience.exhausted(later.clone(), begin + 60 * SECOND), [(1, look(10))]);
+        // What had caught up a little is given as long again.
+        assert_eq!(patience.exhausted(later.clone(), begin + 119 * SECOND), [(1, look(10))]);
+        assert_eq!(
+            patience.exhausted(later, begin + 120 * SECOND),
+            [(1, look(10)), (2, look(9)), (3, look(10))]
         );
     }
-    let names: Vec<String> = late.iter().map(|row| row.get(0)).collect();
-    let due = reminders.due(&names, Instant::now());
-    for row in late.into_iter().filter(|row| due.contains(&row.get(0))) {
-        let (name, state) = (row.get::<_, &str>(0), row.get::<_, &str>(1));
-        let (lag_seconds, lag_bytes) = lag(row);
-        tracing::warn!(
-            subscription = name,
-            state,
-            lag_seconds,
-            lag_bytes,
-            "it lags far behind, and the log is kept for it"
+
+    #[test]
+    fn where_somebody_has_done_something_patience_begins_anew() {
+        let (mut patience, begin) = (Patience::of(60 * SECOND), Instant::now());
+        assert!(patience.exhausted(vec![(1, look(10))], begin).is_empty());
+        let other = Look { terms: 8, events: 10 };
+        assert!(patience.exhausted(vec![(1, other)], begin + 60 * SECOND).is_empty());
+        assert_eq!(patience.exhausted(vec![(1, other)], begin + 120 * SECOND), [(1, other)]);
+    }
+
+    #[test]
+    fn without_patience_the_first_look_decides() {
+        assert_eq!(
+            Patience::of(Duration::ZERO).exhausted(vec![(1, look(3))], Instant::now()),
+            [(1, look(3))]
         );
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: PostgreSQL
 //! The log's promise, against random interleavings on real sessions: what a cursor reads is what was committed, each event
-//! once, a key's events in the order of the commits; while segments turn over, and dumps are made. `DTM_SCHEDULES` sets how many
+//! once, a key's events in the order of the commits; while segments turn over, dumps are made, and cursors are rewound. `DTM_SCHEDULES` sets how many
 //! schedules run, `DTM_SEED` the first seed.
 
 use std::collections::{BTreeMap, HashMap};
@@ -19,6 +19,7 @@ use crate::schedule::{INSIDE, Published, Writers};
 const SCHEDULES_IN_CI: u64 = 300;
 const NAIVE_SCHEDULES: u64 = 60;
 const STEPS: usize = 70;
+const LAST_SEQ: &str = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.event_seq";
 const RELAY: &str = "'00000000-0000-0000-0000-0000000000aa'::uuid";
 
 fn setting(name: &str, default: u64) -> u64 {
@@ -36,11 +37,14 @@ trait Reader {
     fn saved(&self) -> Vec<i64>;
 }
 
-/// Reads as the relay does: polls, reads pages of a few rows, saves its cursor, and is restarted, also within a window.
+/// Reads as the relay does: polls, reads pages of a few rows, saves its cursor, and is restarted, also within a window. Now and
+/// then it is rewound to where it has begun.
 struct CursorReader<'a> {
     client: &'a Client,
     subscription: i64,
+    epoch: i64,
     token: i64,
+    begun_at: String,
     known: Option<String>,
     position: String,
     target: Option<String>,
@@ -49,6 +53,8 @@ struct CursorReader<'a> {
     saved: Vec<i64>,
     /// The ids that positions are stored under.
     ids: HashMap<String, i64>,
+    /// What has a greater number is to be read.
+    begun_after: i64,
 }
 
 impl<'a> CursorReader<'a> {
@@ -58,10 +64,13 @@ impl<'a> CursorReader<'a> {
         let lease =
             format!("SELECT token FROM dtm.relay_assign({RELAY}, 'test', 3600) WHERE subscription = $1");
         let token = client.query_one(&lease, &[&subscription]).await.expect("lease").get(0);
+        let now = "SELECT clock_timestamp()::text";
         let mut reader = CursorReader {
             client,
             subscription,
+            epoch: 1,
             token,
+            begun_at: client.query_one(now, &[]).await.expect("the time").get(0),
             known: None,
             position: String::new(),
             target: None,
@@ -69,6 +78,7 @@ impl<'a> CursorReader<'a> {
             unsaved: Vec::new(),
             saved: Vec::new(),
             ids: HashMap::new(),
+            begun_after: client.query_one(LAST_SEQ, &[]).await.expect("a number").get(0),
         };
         reader.restart().await;
         reader
@@ -76,13 +86,24 @@ impl<'a> CursorReader<'a> {
 
     /// Forgets everything that is not saved.
     async fn restart(&mut self) {
-        let sql = "SELECT * FROM dtm.relay_cursor($1, 0, 1)";
-        let row = self.client.query_one(sql, &[&self.subscription]).await.expect("cursor");
+        let sql = "SELECT * FROM dtm.relay_cursor($1, 0, $2)";
+        let row = self.client.query_one(sql, &[&self.subscription, &self.epoch]).await.expect("cursor");
         self.position = row.get(0);
         self.target = row.get(1);
         self.acked = row.get(2);
         self.known = None;
         self.unsaved.clear();
+    }
+
+    /// What the log has still is read again.
+    async fn rewind(&mut self) {
+        let sql = "SELECT payload FROM dtm.log WHERE published_at >= $1::text::timestamptz";
+        let rows = self.client.query(sql, &[&self.begun_at]).await.expect("rows");
+        let again: Vec<i64> = rows.iter().map(|row| number(row.get::<_, &[u8]>(0))).collect();
+        self.client.execute("SELECT dtm.rewind('s', $1)", &[&self.begun_at]).await.expect("rewind");
+        self.epoch += 1;
+        self.saved.retain(|n| !again.contains(n));
+        self.restart().await;
     }
 
     async fn poll(&mut self) -> bool {
@@ -100,9 +121,11 @@ impl<'a> CursorReader<'a> {
             self.acked = 0;
         }
         let Some(target) = self.target.clone() else { return };
-        let sql = "SELECT dtm.relay_page($1, $2, $3, ARRAY['t.*'], NULL, $4, 100000)";
-        let row =
-            self.client.query_one(sql, &[&self.position, &target, &self.acked, &rows]).await.expect("page");
+        // Rewound to a time, it passes over what was published before.
+        let since = Some(&self.begun_at).filter(|_| self.epoch > 1);
+        let sql = "SELECT dtm.relay_page($1, $2, $3, ARRAY['t.*'], $5::text::timestamptz, $4, 100000)";
+        let page: [&(dyn ToSql + Sync); 5] = [&self.position, &target, &self.acked, &rows, &since];
+        let row = self.client.query_one(sql, &page).await.expect("page");
         let page = Page::decode(Bytes::from(row.get::<_, Vec<u8>>(0))).expect("a page");
         self.unsaved
             .extend(page.events.iter().map(|event| number(event.payload.as_ref().expect("a payload"))));
@@ -112,6 +135,21 @@ impl<'a> CursorReader<'a> {
             self.target = None;
             self.acked = 0;
         }
+    }
+
+    /// The lag is that of the first event that can be read and was not. (After a rewind, what is passed over counts, too.)
+    async fn check_lag(&self) {
+        if self.epoch > 1 {
+            return;
+        }
+        let sql = "SELECT (SELECT p.next_seq FROM dtm.progress p WHERE p.subscription = $1), min(seq) FROM dtm.log \
+                   WHERE seq > $2 AND NOT convert_from(payload, 'UTF8')::bigint = ANY ($3)";
+        let row = self
+            .client
+            .query_one(sql, &[&self.subscription, &self.begun_after, &self.saved])
+            .await
+            .expect("lag");
+        assert_eq!(row.get::<_, Option<i64>>(0), row.get::<_, Option<i64>>(1), "the first that was not read");
     }
 
     async fn save(&mut self) {
@@ -130,11 +168,11 @@ impl<'a> CursorReader<'a> {
         };
         let position = refer(&self.position);
         let target = self.target.as_ref().map(&mut refer);
-        let sql = "SELECT fenced, stale, position_ids FROM dtm.relay_store($1, ARRAY[$2::bigint], ARRAY[0], ARRAY[1::bigint], \
+        let sql = "SELECT fenced, stale, position_ids FROM dtm.relay_store($1, ARRAY[$2::bigint], ARRAY[0], ARRAY[$7::bigint], \
                    ARRAY[$3::bigint], ARRAY[$4::bigint], ARRAY[$5::bigint], ARRAY[$6::bigint], ARRAY[NULL], '{}', '{}', '{}', \
                    '{}', '{}', '{}')";
-        let moved: [&(dyn ToSql + Sync); 6] =
-            [&new, &self.subscription, &self.token, &position, &target, &self.acked];
+        let moved: [&(dyn ToSql + Sync); 7] =
+            [&new, &self.subscription, &self.token, &position, &target, &self.acked, &self.epoch];
         let row = self.client.query_one(sql, &moved).await.expect("move");
         assert!(row.get::<_, Vec<i32>>(0).is_empty(), "fenced");
         self.ids.extend(new.into_iter().zip(row.get::<_, Vec<i64>>(2)));
@@ -148,11 +186,13 @@ impl<'a> CursorReader<'a> {
 
 impl Reader for CursorReader<'_> {
     async fn step(&mut self, random: &mut StdRng) {
-        match random.random_range(0..10) {
-            0..=2 => drop(self.poll().await),
-            3..=6 => self.page(random.random_range(1..=5)).await,
-            7 | 8 => self.save().await,
-            _ => self.restart().await,
+        self.check_lag().await;
+        match random.random_range(0..30) {
+            0..=8 => drop(self.poll().await),
+            9..=20 => self.page(random.random_range(1..=5)).await,
+            21..=26 => self.save().await,
+            27 | 28 => self.restart().await,
+            _ => self.rewind().await,
         }
     }
 

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use dtm_tests::cluster::Cluster;
+use dtm_tests::process;
 use dtm_tests::receiver::Receiver;
 use dtm_tests::relay::{self, Relay};
 
@@ -79,7 +80,7 @@ async fn a_copy_of_a_database_delivers_nothing_until_it_is_adopted() {
     drop(client);
     let admin = cluster.connect("postgres").await;
     let ended = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'shop'";
-    let alone = dtm_tests::process::eventually(Duration::from_secs(10), || async {
+    let alone = process::eventually(Duration::from_secs(10), || async {
         let sessions: i64 = admin.query_one(ended, &[]).await.expect("sessions").get(0);
         (sessions == 0).then_some(())
     });
@@ -113,4 +114,24 @@ async fn a_copy_of_a_database_delivers_nothing_until_it_is_adopted() {
         })
         .await;
     assert!(relay.terminate().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn adopting_tries_again_until_those_who_publish_have_ended() {
+    let cluster = Cluster::builder().start().await;
+    cluster.create_database("shop").await;
+    let (client, publisher) = (cluster.connect("shop").await, cluster.connect("shop").await);
+    publisher.batch_execute("BEGIN; SELECT dtm.publish('t', '1')").await.expect("publish");
+    let url = cluster.url("shop");
+    let adopting = tokio::task::spawn_blocking(move || {
+        relay::run(&["adopt", "--database-url", &url, "--environment", "staging"])
+    });
+    let in_the_way = "transactions that have published, or changed subscriptions, are still open";
+    let tried = process::holds_within(Duration::from_secs(10), || cluster.log().contains(in_the_way));
+    assert!(tried.await, "it was not in the way:\n{}", cluster.log());
+    publisher.batch_execute("COMMIT").await.expect("COMMIT");
+    let (fine, said) = adopting.await.expect("it ends");
+    assert!(fine && said.contains("adopted"), "{said}");
+    let eras = "SELECT count(DISTINCT era) FROM (SELECT era FROM dtm.log UNION ALL SELECT era FROM dtm.installation) e";
+    assert_eq!(client.query_one(eras, &[]).await.expect("eras").get::<_, i64>(0), 2);
 }

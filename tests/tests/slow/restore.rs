@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: PostgreSQL
 //! A dump of a busy database, made while its log turns over, is restored: what was not delivered when it was made is delivered
-//! from there, in order, and before what is published there.
+//! from there, in order, and before what is published there; also where a relay runs there before the restore is complete.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,8 +13,9 @@ use dtm_tests::receiver::{Received, Receiver};
 use dtm_tests::relay::Relay;
 use tokio_postgres::Client;
 
+use crate::asking::{number, wait};
 use crate::load::{self, Habits, Load};
-use crate::numbered::DEADLINE;
+use crate::numbered::{DEADLINE, publish, times, wait_for_all};
 use crate::rotation::configured;
 
 const HABITS: Habits = Habits { asynchronous_one_in: 0, prepared_one_in: 0, pause: Duration::from_millis(2) };
@@ -124,4 +125,56 @@ async fn a_plain_dump_of_a_busy_database_goes_on_where_it_was_made() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_custom_dump_of_a_busy_database_goes_on_where_it_was_made() {
     dumped_and_restored(true).await;
+}
+
+/// Restores a part of a dump, as pg_restore lists it.
+fn restore_entry(cluster: &Cluster, database: &str, dump: &Path, entry: &str) {
+    let list = dump.with_extension("list");
+    std::fs::write(&list, format!("{entry}\n")).expect("a list");
+    let mut restore = Command::new(bin_dir().join("pg_restore"));
+    process::run(restore.args(["--exit-on-error", "-d", &cluster.url(database), "-L"]).arg(&list).arg(dump));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_that_runs_during_a_restore_delivers_what_the_dump_had_not_delivered_and_nothing_twice() {
+    let cluster = Cluster::builder().preload().start().await;
+    cluster.create_database("shop").await;
+    let (client, receiver) = (cluster.connect("shop").await, Receiver::start().await);
+    let sql = "SELECT dtm.subscribe('s', 't', $1, '{\"on_restore\": \"continue\"}')";
+    client.execute(sql, &[&receiver.url()]).await.expect("subscribe");
+    let mut relay = Relay::start_configured(&configured(&cluster, "shop"));
+    publish(&client, "t", 1, 20).await;
+    wait_for_all(&receiver, 20).await;
+    assert!(relay.terminate().await.success());
+    publish(&client, "t", 21, 40).await;
+    let delayed =
+        "SELECT dtm.publish('t', '41', key => 'k1', deliver_at => clock_timestamp() + interval '1 h')";
+    client.execute(delayed, &[]).await.expect("publish");
+    client.execute("UPDATE dtm.delayed SET due = clock_timestamp()", &[]).await.expect("it is due");
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("dump");
+    let mut dump = Command::new(bin_dir().join("pg_dump"));
+    process::run(dump.args(["-Fc", "-d", &cluster.url("shop"), "-f"]).arg(&file));
+    let list = process::run(Command::new(bin_dir().join("pg_restore")).arg("-l").arg(&file));
+    let of = |what: &str| -> Vec<&str> { list.lines().filter(|line| line.contains(what)).collect() };
+
+    cluster.connect("postgres").await.batch_execute("CREATE DATABASE again").await.expect("a database");
+    restore_entry(&cluster, "again", &file, of(" EXTENSION ")[0]);
+    let settings = "ALTER DATABASE again SET dtm.retention = '300ms'";
+    cluster.connect("again").await.batch_execute(settings).await.expect("settings");
+    let again = cluster.connect("again").await;
+    let mut relay = Relay::start_configured(&format!("lease = \"1s\"\n{}", configured(&cluster, "again")));
+    relay.wait_for_log("connected to").await;
+    // Subscriptions come first, and what they need long after.
+    let heartbeats = "SELECT coalesce(max(id), 0) FROM dtm.heartbeat_log";
+    for entry in of(" TABLE DATA dtm ").into_iter().rev().chain(of(" SEQUENCE SET dtm ")) {
+        restore_entry(&cluster, "again", &file, entry);
+        let before = number(&again, heartbeats).await;
+        wait(&again, heartbeats, |now| now > before + 1).await;
+    }
+    wait_for_all(&receiver, 41).await;
+    publish(&again, "t", 42, 50).await;
+    wait_for_all(&receiver, 50).await;
+    assert!(relay.terminate().await.success());
+    assert_eq!(times(&receiver, 50), [1; 50]);
 }

@@ -133,7 +133,7 @@ async fn a_subscription_that_lags_is_told_of_and_dropped_if_it_says_so() {
         let sql = format!("SELECT dtm.subscribe('{name}', 't', $1, '{options}'), dtm.pause('{name}')");
         client.execute(&sql, &[&receiver.url()]).await.expect("subscribe");
     }
-    let relay = Relay::start_configured(&configured(&cluster, "shop"));
+    let relay = Relay::start_configured(&format!("lag_patience = 0\n{}", configured(&cluster, "shop")));
     publish(&client, "t", 1, 500).await;
     relay.wait_for_log("it lags far behind, and the log is kept for it").await;
     relay.wait_for_log("it lagged too far behind and is dropped: it has lost events 1 to").await;
@@ -151,7 +151,7 @@ async fn a_subscription_that_lags_is_told_of_and_dropped_if_it_says_so() {
     }
     assert_eq!(number(&client, EVENTS).await, 500, "one that keeps holds the log");
     // With the limit that it had it would be dropped again before it has caught up.
-    let more = "SELECT dtm.subscribe('drops', 't', $1), dtm.rewind('drops', 'earliest'), dtm.resume('keeps')";
+    let more = "SELECT dtm.subscribe('drops', 't', $1), dtm.rewind('drops', 'earliest'), dtm.resume('drops'), dtm.resume('keeps')";
     client.execute(more, &[&receiver.url()]).await.expect("both go on");
     receiver.wait_until("all, twice", DEADLINE, |received| received.len() == 1_000).await;
     publish(&client, "t", 501, 501).await;

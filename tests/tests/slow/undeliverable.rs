@@ -25,7 +25,8 @@ async fn a_subscription_without_a_usable_cursor_is_found_by_check_and_delivered_
     assert!(relay.terminate().await.success());
     let (fine, said) = relay::run(&["check", "--database-url", &cluster.url("shop")]);
     assert!(fine, "{said}");
-    let sql = "DELETE FROM dtm.eras; UPDATE dtm.installation SET era = era + 1; \
+    let sql = "TRUNCATE dtm.log_1, dtm.log_2, dtm.log_3; DELETE FROM dtm.eras; \
+               UPDATE dtm.installation SET era = era + 1; UPDATE dtm.subscription SET era = era + 1; \
                INSERT INTO dtm.eras (era, ordinal) SELECT era, 1 FROM dtm.installation";
     client.batch_execute(sql).await.expect("an era that nobody knows any more");
     let (fine, said) = relay::run(&["check", "--database-url", &cluster.url("shop")]);
