@@ -962,11 +962,12 @@ $$;
 -- A position is a stored one's id, or -k for the k-th of the new ones. "of" says, counted from 1, which cursor a settlement
 -- goes with: both are applied or neither. Fenced are those whose epoch or token is not the newest, busy those whose
 -- subscription a user works on just now, broken those that speak of an event that is not in the log, stale those that name
--- positions which are no longer stored: they have to be told anew.
+-- positions which are no longer stored: they have to be told anew. windows: those of exactly-once delivery.
 CREATE FUNCTION dtm.relay_store(
     new_positions text[], subscriptions bigint[], shards int[], epochs bigint[], tokens bigint[],
-    positions bigint[], targets bigint[], acked bigint[], ahead text[], windows text[],
+    positions bigint[], targets bigint[], acked bigint[], ahead text[],
     "of" int[], seqs bigint[], what text[], attempts int[], next_in float8[], histories jsonb[],
+    windows text[] DEFAULT NULL,
     OUT position_ids bigint[], OUT fenced int[], OUT busy int[], OUT broken int[], OUT stale int[])
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
@@ -990,7 +991,8 @@ BEGIN
         broken := dtm.without_event("of", seqs, what);
     END IF;
     WITH asked AS (
-        SELECT m.at::int AS at, m.subscription, m.shard, m.epoch, m.token, m.acked, m.ahead::bigint[] AS ahead, m.windows::uuid[] AS windows,
+        SELECT m.at::int AS at, m.subscription, m.shard, m.epoch, m.token, m.acked, m.ahead::bigint[] AS ahead,
+               m.windows::uuid[] AS windows,
                CASE WHEN m."position" < 0 THEN position_ids[-m."position"] ELSE m."position" END AS "position",
                CASE WHEN m.target < 0 THEN position_ids[-m.target] ELSE m.target END AS target
         FROM unnest(subscriptions, shards, epochs, tokens, positions, targets, relay_store.acked, relay_store.ahead,

@@ -102,13 +102,13 @@ impl Batch {
             &self.targets,
             &self.acked,
             &self.ahead,
-            &self.windows,
             &self.of,
             &self.seqs,
             &self.what,
             &self.attempts,
             &self.next_in,
             &self.histories,
+            &self.windows,
         ]
     }
 

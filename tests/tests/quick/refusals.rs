@@ -94,7 +94,20 @@ const STATEMENTS: [(&str, &str, &str); 40] = [
     ("SELECT dtm.subscribe('s', 'a.b*', 'http://h/')", "22023", "segment of its own"),
     ("SELECT dtm.subscribe('s', 't', NULL)", "22023", "destination"),
     ("SELECT dtm.subscribe('s', 't', 'nonsense')", "22023", "http"),
-    ("SELECT dtm.subscribe('s', 't', 'kafka://h/t')", "0A000", "kafka"),
+    ("SELECT dtm.subscribe('s', 't', 'amqp://h/t')", "0A000", "kafka"),
+    ("SELECT dtm.subscribe('s', 't', 'kafka://main')", "22023", "there is no topic"),
+    ("SELECT dtm.subscribe('s', 't', 'kafka://main/{key}')", "22023", "{topic}"),
+    ("SELECT dtm.subscribe('s', 't', 'kafka://main/t', '{\"timeout\": 1}')", "22023", "Kafka destination"),
+    (
+        "SELECT dtm.subscribe('s', 't', 'http://h/', '{\"format\": \"debezium\"}')",
+        "22023",
+        "HTTP destination",
+    ),
+    (
+        "SELECT dtm.subscribe('s', 't', 'kafka://main/t', '{\"delivery\": \"exactly-once\", \"on_dead\": \"block\"}')",
+        "22023",
+        "exactly-once",
+    ),
     ("SELECT dtm.subscribe('s', 't', 'http://u:hunter2@h/')", "22023", "credential"),
     // Not where credentials belong, and yet some that must not be repeated.
     ("SELECT dtm.subscribe('s', 't', 'u:hunter2@h/x')", "22023", "absolute URI"),

@@ -40,7 +40,7 @@ async fn what_is_refused_dies_its_neighbours_are_there_once_and_once_redriven_so
     assert_in_order(&records, 600, 5);
     wait(&client, "SELECT count(*) FROM dtm.dead_letters WHERE key = 'large'", |count| count == 1).await;
     broker.alter_topic("small", &[("max.message.bytes", "200000")]).await;
-    client.execute("SELECT dtm.redrive('s')", &[]).await.expect("redrive");
+    client.execute("SELECT dtm.redrive('s', everything => true)", &[]).await.expect("redrive");
     log.wait_for(601).await;
     publish(&client, "t", 601, 700, 5).await;
     wait(&client, "SELECT count(*) FROM dtm.retries", |count| count == 0).await;
