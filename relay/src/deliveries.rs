@@ -166,6 +166,11 @@ impl Deliveries {
         options.rate_limit = options.rate_limit.map(|rate| rate / f64::from(options.shards));
         let sink = Sink::new(&common.outlets, destination, &options, &common.source)
             .map_err(|error| error.to_string())?;
+        let mut bounds = common.bounds;
+        if let Sink::Kafka(_) = sink {
+            // Its answers come by the batch, some time later.
+            bounds.events = bounds.events.max(options.max_in_flight as usize);
+        }
         let Assignment { subscription, shard, epoch, token, .. } = *assignment;
         Ok(Pipeline {
             name: assignment.name.clone(),
@@ -179,7 +184,7 @@ impl Deliveries {
             cursors: common.cursors.clone(),
             valid_until: common.valid_until.clone(),
             share: Share::new(common.budget.clone(), common.subscription_bytes),
-            bounds: common.bounds,
+            bounds,
             drain,
         })
     }

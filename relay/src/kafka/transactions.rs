@@ -5,7 +5,7 @@
 //! is given up, and its successor, which fences it, finds out.
 
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::ClientConfig;
 use rdkafka::client::ClientContext;
@@ -24,8 +24,8 @@ use crate::calls::outcome::{Class, Outcome};
 const TRANSACTION_MS: &str = "30000";
 /// For the coordinator to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
-/// Between two looks for room.
-const ROOM_AGAIN: Duration = Duration::from_millis(1);
+/// Between two looks whether there is room, or whether all is delivered.
+const LOOK_AGAIN: Duration = Duration::from_micros(200);
 
 /// Why a transaction was not committed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -186,7 +186,10 @@ impl Named {
         self.producer.begin_transaction().map_err(|error| unknown(&error))?;
         let ended = write(&Open { producer: &self.producer })
             .and_then(|()| self.send_position(entry))
-            .and_then(|()| self.producer.commit_transaction(ANSWER_WITHIN).map_err(|error| unknown(&error)));
+            .and_then(|()| {
+                self.delivered();
+                self.producer.commit_transaction(ANSWER_WITHIN).map_err(|error| unknown(&error))
+            });
         let problem = match ended {
             Ok(()) => return Ok(()),
             Err(NotCommitted::Fenced) => return Err(NotCommitted::Fenced),
@@ -200,6 +203,14 @@ impl Named {
             false if failures.is_single => NotCommitted::Refused(refused),
             false => NotCommitted::SomeRefused,
         })
+    }
+
+    /// Waits until nothing is on its way. The producer's own way to wait looks only ten times a second.
+    fn delivered(&self) {
+        let until = Instant::now() + ANSWER_WITHIN;
+        while self.producer.in_flight_count() > 0 && Instant::now() < until {
+            std::thread::sleep(LOOK_AGAIN);
+        }
     }
 
     fn send_position(&self, entry: &Entry) -> Result<(), NotCommitted> {
@@ -232,7 +243,7 @@ impl Open<'_> {
             let Err((error, back)) = self.producer.send(record) else { return Ok(()) };
             match error.rdkafka_error_code() {
                 Some(Code::QueueFull) => {
-                    std::thread::sleep(ROOM_AGAIN);
+                    std::thread::sleep(LOOK_AGAIN);
                     record = back;
                 }
                 code => {

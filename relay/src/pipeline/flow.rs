@@ -17,6 +17,7 @@ use super::delivery::{Delivery, LaneName, Place, Row};
 use super::lane::{Charges, Returned, Unloaded};
 use super::lanes::Lanes;
 use super::reader::{FlowProgress, Piece, Reader, UnknownEra};
+use super::straight::Straight;
 use super::windows::{Ahead, Frontier, Progress};
 use crate::calls::circuit::Circuit;
 use crate::calls::outcome::{Class, Outcome};
@@ -78,6 +79,8 @@ pub struct Flow {
     progress: FlowProgress,
     eras: Arc<[i32]>,
     lanes: Lanes,
+    /// Events that go in the order of the log; see [`Straight`].
+    straight: Straight,
     circuit: Circuit<LaneName>,
     pace: Pace,
     schedule: Schedule,
@@ -127,6 +130,7 @@ impl Flow {
             progress,
             eras,
             lanes: Lanes::new(depth),
+            straight: Straight::new(depth > 1),
             circuit: Circuit::new(probes),
             pace: Pace::new(options.max_in_flight as usize, options.rate_limit),
             schedule,
@@ -205,27 +209,53 @@ impl Flow {
 
     /// The piece has been read.
     pub fn read(&mut self, page: Page, held: &Arc<Held>) {
+        let all_well = self.lanes.is_empty() && self.suspects.is_empty() && self.unloaded.is_empty();
+        self.straight.may_begin(all_well && !self.circuit.is_open());
         for event in page.events {
-            let lane = LaneName::of(event.seq, event.key.as_deref(), self.ordering);
+            let lane = match self.straight.is_on() {
+                true => LaneName::Own(event.seq),
+                false => LaneName::of(event.seq, event.key.as_deref(), self.ordering),
+            };
             let Some(ticket) = self.progress.push(event.seq, lane.clone()) else { continue };
             if self.known.contains(&event.seq) {
                 self.progress.ack(ticket);
                 continue;
             }
-            let known = self.unloaded.remove(&event.seq).filter(|_| !self.lanes.has(&lane));
             let (place, held) = (Place::Log(ticket), held.clone());
             let delivery = Delivery { event, lane, place, attempts: 0, held };
-            match known {
-                Some((charges, until)) => {
-                    self.suspect_if_over(&delivery.lane, charges.attempts);
-                    self.lanes.push_head(delivery, charges, until);
-                }
-                None => self.lanes.push(delivery),
+            if self.straight.is_on() {
+                self.straight.push(delivery);
+            } else {
+                self.push(delivery);
             }
         }
         self.progress.scanned(page.scanned, page.done);
         self.reader.read(page.scanned, page.done);
         self.advance();
+    }
+
+    fn push(&mut self, delivery: Delivery) {
+        let lane = &delivery.lane;
+        match self.unloaded.remove(&delivery.event.seq).filter(|_| !self.lanes.has(lane)) {
+            Some((charges, until)) => {
+                self.suspect_if_over(&delivery.lane, charges.attempts);
+                self.lanes.push_head(delivery, charges, until);
+            }
+            None => self.lanes.push(delivery),
+        }
+    }
+
+    /// Something has failed: from here on each key goes its own way.
+    fn into_lanes(&mut self) {
+        for mut delivery in self.straight.end() {
+            let Event { seq, key, .. } = &delivery.event;
+            let name = LaneName::of(*seq, key.as_deref(), self.ordering);
+            if let Place::Log(ticket) = delivery.place {
+                self.progress.tag(ticket, name.clone());
+            }
+            delivery.lane = name;
+            self.push(delivery);
+        }
     }
 
     /// Whether parked events are due and may be read now. While the endpoint is down only as many are as probes need.
@@ -265,7 +295,10 @@ impl Flow {
         self.lanes.wake(now);
         self.pace.free(self.in_flight, now).ok()?;
         let (circuit, in_flight) = (&self.circuit, self.in_flight);
-        let delivery = self.lanes.take(|lane| circuit.admits(lane, in_flight, now))?;
+        let delivery = match self.straight.is_on() {
+            true => self.straight.next()?,
+            false => self.lanes.take(|lane| circuit.admits(lane, in_flight, now))?,
+        };
         self.in_flight += 1;
         self.pace.made(now);
         Some(delivery)
@@ -274,7 +307,7 @@ impl Flow {
     /// When there may be something to do that no answer and no page brings.
     pub fn next_timer(&self, now: Instant) -> Option<Instant> {
         let paced = match self.pace.free(self.in_flight, now) {
-            Err(at) if self.lanes.ready().next().is_some() => at,
+            Err(at) if self.lanes.ready().next().is_some() || self.straight.has_next() => at,
             _ => None,
         };
         let waits = self.circuit.next_probe().into_iter().chain(self.read_after).filter(|at| *at > now);
@@ -292,6 +325,11 @@ impl Flow {
         random: f64,
     ) -> Option<Judged> {
         self.in_flight -= 1;
+        if self.straight.is_on() {
+            self.settle_straight(delivery, outcome.class);
+            self.advance();
+            return None;
+        }
         let judged = match outcome.class {
             Class::Accepted => self.delivered(delivery, now),
             _ => {
@@ -302,6 +340,21 @@ impl Flow {
         let verdict = judged.map(|first| self.judge(first, now, random));
         self.advance();
         verdict
+    }
+
+    /// What fails is judged when it goes again, as the first of its key.
+    fn settle_straight(&mut self, delivery: Delivery, class: Class) {
+        if class != Class::Accepted {
+            self.straight.failed(delivery);
+        } else if let Place::Log(ticket) = delivery.place {
+            self.successes += 1;
+            self.circuit.succeeded(&delivery.lane);
+            self.pace.succeeded();
+            self.progress.ack(ticket);
+        }
+        if self.in_flight == 0 && self.straight.has_failed() {
+            self.into_lanes();
+        }
     }
 
     /// An attempt that failed, of an event whose lane has nothing else on its way.
@@ -394,7 +447,10 @@ impl Flow {
         let is_down = self.circuit.is_open() && !self.circuit.may_probe(now);
         let is_stalled =
             || self.is_full() && self.lanes.ready().next().is_none() && self.lanes.due().next().is_none();
-        self.in_flight == 0 && self.progress.held() > 0 && (is_down || is_stalled())
+        self.in_flight == 0
+            && !self.straight.has_next()
+            && self.progress.held() > 0
+            && (is_down || is_stalled())
     }
 
     /// Forgets what is read from the log and not settled; it is read again when it may help. No parked events may be being

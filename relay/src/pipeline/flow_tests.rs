@@ -214,8 +214,10 @@ impl Model {
             return self.settle(delivery, class);
         }
         // What is sent of one key is answered in its order, and what follows a failure comes back with it.
-        let lane = self.out[at].lane.clone();
-        let mut of_lane: Vec<Delivery> = self.out.extract_if(.., |delivery| delivery.lane == lane).collect();
+        let (seq, key) = (self.out[at].event.seq, self.out[at].event.key.clone());
+        let is_of_lane = |event: &Event| event.seq == seq || key.is_some() && event.key == key;
+        let mut of_lane: Vec<Delivery> =
+            self.out.extract_if(.., |delivery| is_of_lane(&delivery.event)).collect();
         of_lane.sort_by_key(|delivery| delivery.event.seq);
         let mut of_lane = of_lane.into_iter();
         let Some(first) = of_lane.next() else { return };

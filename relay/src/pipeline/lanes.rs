@@ -4,6 +4,7 @@
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
 
+use foldhash::fast::RandomState;
 use tokio::time::Instant;
 
 use super::delivery::{Delivery, LaneName, Place, Row};
@@ -46,7 +47,7 @@ impl Eq for Timer {}
 pub struct Lanes {
     /// So many events of one lane may be on their way at once.
     depth: usize,
-    lanes: HashMap<LaneName, Lane>,
+    lanes: HashMap<LaneName, Lane, RandomState>,
     ready: VecDeque<LaneName>,
     due: VecDeque<LaneName>,
     timers: BinaryHeap<Timer>,
@@ -123,7 +124,6 @@ impl Lanes {
     }
 
     /// Whether there are none.
-    #[cfg(test)]
     pub fn is_empty(&self) -> bool {
         self.lanes.is_empty()
     }

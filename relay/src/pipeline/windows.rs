@@ -130,6 +130,14 @@ impl<M: Clone, T, S: Clone> Progress<M, T, S> {
         }
     }
 
+    /// An event is tagged with something else.
+    pub fn tag(&mut self, ticket: Ticket, tag: T) {
+        let slot = ticket.checked_sub(self.first).and_then(|at| self.slots.get_mut(at as usize));
+        if let Some(slot) = slot {
+            slot.tag = Some(tag);
+        }
+    }
+
     /// An event is delivered.
     pub fn ack(&mut self, ticket: Ticket) {
         self.stand(ticket, Standing::Delivered);
