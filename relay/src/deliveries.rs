@@ -48,6 +48,10 @@ pub struct Common {
     pub bounds: Bounds,
 }
 
+/// What a page for Kafka has at the least.
+const KAFKA_PAGE_EVENTS: usize = 4_000;
+const KAFKA_PAGE_BYTES: usize = 2 * 1024 * 1024;
+
 type Key = (i64, i32);
 
 /// A pipeline, or the last one that there was.
@@ -168,8 +172,10 @@ impl Deliveries {
             .map_err(|error| error.to_string())?;
         let mut bounds = common.bounds;
         if let Sink::Kafka(_) = sink {
-            // Its answers come by the batch, some time later.
+            // It takes far more at once than an endpoint, and answers by the batch, some time later.
             bounds.events = bounds.events.max(options.max_in_flight as usize);
+            bounds.page_events = bounds.page_events.max(KAFKA_PAGE_EVENTS);
+            bounds.page_bytes = bounds.page_bytes.max(KAFKA_PAGE_BYTES);
         }
         let Assignment { subscription, shard, epoch, token, .. } = *assignment;
         Ok(Pipeline {

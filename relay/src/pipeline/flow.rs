@@ -477,6 +477,11 @@ impl Flow {
         Ok(())
     }
 
+    /// Whether answers are to come.
+    pub fn has_in_flight(&self) -> bool {
+        self.in_flight > 0
+    }
+
     /// How many events are held in memory, about.
     pub fn held(&self) -> usize {
         self.progress.held()

@@ -269,7 +269,10 @@ impl Pipeline {
             // What is delivered and not stored comes again after a crash: where storing is held up, that is bounded, too.
             let held_up = self.cursors.held_up(&self.owner, now);
             let free = self.bounds.events.saturating_sub(flow.held() + held_up);
-            if free == 0 {
+            // While answers come, room is waited for that is worth a page: pages of a few events cost as much as whole ones, and are
+            // sent in batches of a few.
+            let worth = self.bounds.page_events.min(self.bounds.events / 4).max(1);
+            if free < if flow.has_in_flight() { worth } else { 1 } {
                 reads.look_again = Some(now + ROOM_AGAIN).filter(|_| held_up > 0);
                 return None;
             }

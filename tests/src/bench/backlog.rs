@@ -61,7 +61,7 @@ struct Run {
 }
 
 /// The greatest memory of a process so far.
-fn peak_mb(pid: u32) -> f64 {
+pub(super) fn peak_mb(pid: u32) -> f64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process");
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("VmHWM");
     line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0

@@ -4,6 +4,11 @@
 pub mod backlog;
 pub mod fanout;
 pub mod http;
+pub mod kafka;
+pub mod kafka_bare;
+pub mod kafka_latency;
+pub mod kafka_site;
+pub mod kafka_topic;
 pub mod latency;
 pub mod load;
 pub mod pinned;

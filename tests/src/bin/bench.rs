@@ -2,7 +2,7 @@
 //! `cargo xtask bench NAME`: measures against a baseline of the same run, checks every id, and prints a table.
 
 use clap::{Parser, ValueEnum};
-use dtm_tests::bench::{backlog, fanout, http, latency, pinned, publish, report};
+use dtm_tests::bench::{backlog, fanout, http, kafka, latency, pinned, publish, report};
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Bench {
@@ -18,6 +18,8 @@ enum Bench {
     Fanout,
     /// From the bottom of five million events, against from 200,000; and the relay's memory
     Backlog,
+    /// Delivering a backlog into Kafka, against a bare loop that produces the same; latency; memory
+    Kafka,
 }
 
 /// Benchmarks of pg_dtm.
@@ -32,6 +34,9 @@ struct Arguments {
     /// How many times each measurement and its baseline are taken, in turn
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=100))]
     pairs: u16,
+    /// How many events the backlog of `kafka` has
+    #[arg(long, default_value_t = kafka::EVENTS)]
+    events: usize,
 }
 
 #[tokio::main]
@@ -45,6 +50,7 @@ async fn main() {
         Bench::Http => ("http", http::run(pairs).await),
         Bench::Fanout => ("fanout", fanout::run(pairs).await),
         Bench::Backlog => ("backlog", backlog::run(pairs).await),
+        Bench::Kafka => ("kafka", kafka::run(pairs, arguments.events).await),
     };
     report::print(name, &rows, arguments.json);
 }

@@ -1,20 +1,26 @@
 // SPDX-License-Identifier: PostgreSQL
 //! `cargo xtask demo`: a little business on a throw-away cluster. Orders commit and roll back while the endpoint of their
-//! events fails for a time; in the end the books of the business are held against those of the endpoint.
+//! events fails for a time; in the end the books of the business are held against those of the endpoint, and against a topic
+//! of Kafka.
 
-use std::collections::HashSet;
+mod lake;
+mod stage;
+
 use std::io::IsTerminal;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
 use dtm_tests::cluster::{Cluster, bin_dir};
 use dtm_tests::ledger::Ledger;
-use dtm_tests::receiver::{Receiver, Reply};
+use dtm_tests::receiver::{Received, Receiver, Reply};
 use dtm_tests::relay::Relay;
 use rand::Rng;
 use tokio_postgres::Client;
+
+use crate::lake::Lake;
+use crate::stage::{BLUE, GREEN, GREY, Stage, YELLOW};
 
 const ORDERS: u32 = 60;
 const CUSTOMERS: u32 = 5;
@@ -28,32 +34,10 @@ struct Arguments {
     /// Leave everything running at the end, and say how to connect.
     #[arg(long)]
     keep: bool,
+    /// Deliver to a throw-away Apache Kafka, too.
+    #[arg(long)]
+    kafka: bool,
 }
-
-/// Prints what happens, with the time since the start.
-#[derive(Clone)]
-struct Stage {
-    begun: Instant,
-    coloured: bool,
-    /// Ids whose delivery was refused at least once.
-    refused: Arc<Mutex<HashSet<String>>>,
-}
-
-impl Stage {
-    fn say(&self, colour: u8, what: &str, more: &str) {
-        let seconds = self.begun.elapsed().as_secs_f64();
-        if self.coloured {
-            println!("{seconds:6.2} s  \x1b[{colour}m{what:<12}\x1b[0m {more}");
-        } else {
-            println!("{seconds:6.2} s  {what:<12} {more}");
-        }
-    }
-}
-
-const GREEN: u8 = 32;
-const YELLOW: u8 = 33;
-const BLUE: u8 = 34;
-const GREY: u8 = 90;
 
 fn endpoint_works(stage: &Stage, receiver: &Receiver) {
     let stage = stage.clone();
@@ -159,9 +143,8 @@ async fn business(
     Ok(ledger)
 }
 
-fn summary(ledger: &Ledger, receiver: &Receiver) -> bool {
-    let verdict = ledger.verdict(&receiver.received());
-    println!();
+fn summary(ledger: &Ledger, received: &[Received]) -> bool {
+    let verdict = ledger.verdict(received);
     println!("committed    {:>5}", ledger.committed_count());
     println!("delivered    {:>5}", verdict.delivered);
     println!("rolled back  {:>5}", ledger.rolled_back.len());
@@ -181,9 +164,12 @@ async fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
     let arguments = Arguments::parse();
     let stage =
         Stage { begun: Instant::now(), coloured: std::io::stdout().is_terminal(), refused: Arc::default() };
-    stage.say(GREY, "starting", "a throw-away PostgreSQL with pg_dtm, a receiving HTTP service, the relay");
+    let kafka = if arguments.kafka { "an Apache Kafka, " } else { "" };
+    let all = format!("a throw-away PostgreSQL with pg_dtm, {kafka}a receiving HTTP service, the relay");
+    stage.say(GREY, "starting", &all);
     let cluster = Cluster::builder().preload().start().await;
     cluster.create_database("shop").await;
+    let lake = if arguments.kafka { Some(Lake::open().await) } else { None };
     let receiver = Receiver::start().await;
     endpoint_works(&stage, &receiver);
     let admin = cluster.connect("shop").await;
@@ -193,14 +179,35 @@ async fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
     admin.batch_execute(tables).await?;
     let subscribe = "SELECT dtm.subscribe('billing', 'orders.*', $1, '{\"retry_base\": \"200ms\", \"retry_cap\": \"1s\"}')";
     admin.execute(subscribe, &[&receiver.url()]).await?;
-    let mut relay = Relay::start(&cluster.url("shop"));
+    let mut relay = match &lake {
+        None => Relay::start(&cluster.url("shop")),
+        Some(lake) => {
+            let subscribe = "SELECT dtm.subscribe('lake', 'orders.>', $1)";
+            admin.execute(subscribe, &[&lake.destination()]).await?;
+            lake.show(&stage)?;
+            let database = format!("[database.shop]\nurl = \"{}\"\n", cluster.url("shop"));
+            Relay::start_configured(&(database + &lake.configuration()))
+        }
+    };
 
     let ledger = business(&cluster, &stage, &receiver).await?;
-    let kept = summary(&ledger, &receiver);
+    let in_kafka = match &lake {
+        None => None,
+        Some(lake) => Some(lake.received(&ledger, DELIVERY_DEADLINE).await),
+    };
+    println!("{}", if lake.is_some() { "\nOver HTTP" } else { "" });
+    let mut kept = summary(&ledger, &receiver.received());
+    if let Some(in_kafka) = &in_kafka {
+        println!("\nIn Kafka");
+        kept &= summary(&ledger, in_kafka);
+    }
     if arguments.keep {
         println!("\nEverything is left running. Connect with\n");
         println!("  {} {}\n", bin_dir().join("psql").display(), cluster.url("shop"));
         println!("and try SELECT dtm.publish('orders.created', '{{\"order\": 1000}}'); Ctrl-C ends it.");
+        if let Some(lake) = &lake {
+            println!("{}", lake.hint());
+        }
         tokio::signal::ctrl_c().await?;
     }
     if relay.ended(Duration::from_millis(if arguments.keep { 1_000 } else { 0 })).await.is_none() {
