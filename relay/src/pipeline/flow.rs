@@ -246,7 +246,7 @@ impl Flow {
     }
 
     /// Something has failed: from here on each key goes its own way.
-    fn into_lanes(&mut self) {
+    fn go_by_lanes(&mut self) {
         for mut delivery in self.straight.end() {
             let Event { seq, key, .. } = &delivery.event;
             let name = LaneName::of(*seq, key.as_deref(), self.ordering);
@@ -353,7 +353,7 @@ impl Flow {
             self.progress.ack(ticket);
         }
         if self.in_flight == 0 && self.straight.has_failed() {
-            self.into_lanes();
+            self.go_by_lanes();
         }
     }
 

@@ -67,7 +67,7 @@ const PUBLISH: [(&str, &str, &str); 42] = [
 ];
 
 /// Statements that are wrong.
-const STATEMENTS: [(&str, &str, &str); 40] = [
+const STATEMENTS: [(&str, &str, &str); 45] = [
     ("SELECT dtm.publish('t', '1', deliver_at => 'infinity')", "22023", "infinity"),
     ("SELECT dtm.publish_bytes('t', 'x', NULL)", "22023", "content type"),
     ("SELECT dtm.publish_bytes('t', 'x', '')", "22023", "content type"),
