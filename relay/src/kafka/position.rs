@@ -57,6 +57,11 @@ pub enum Entry {
     },
 }
 
+/// The key of the record that says that a producer begins; that of its positions is its name.
+pub fn beginning_of(producer: &str) -> String {
+    format!("{producer}/begin")
+}
+
 /// The topic as it is made.
 pub fn new_topic() -> NewTopic<'static> {
     let topic = NewTopic::new(TOPIC, 1, TopicReplication::Fixed(-1));
@@ -78,12 +83,16 @@ pub fn read(config: &ClientConfig, producer: &str, marker: Uuid) -> Result<Optio
     let mut assignment = TopicPartitionList::new();
     assignment.add_partition_offset(TOPIC, 0, Offset::Beginning).map_err(failed)?;
     consumer.assign(&assignment).map_err(failed)?;
-    let until = Instant::now() + READ_WITHIN;
+    let (until, beginning) = (Instant::now() + READ_WITHIN, beginning_of(producer));
     let mut last = None;
     while Instant::now() < until {
         let record = match consumer.poll(POLL) {
             None => continue,
-            Some(Ok(record)) if record.key() == Some(producer.as_bytes()) => record,
+            Some(Ok(record))
+                if [producer, &beginning].map(str::as_bytes).contains(&record.key().unwrap_or_default()) =>
+            {
+                record
+            }
             Some(Ok(_)) => continue,
             // It goes on by itself when a broker is back.
             Some(Err(error)) => {

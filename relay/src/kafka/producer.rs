@@ -21,8 +21,8 @@ use rdkafka::types::RDKafkaErrorCode as Code;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-/// What is on its way to a broker when a producer stops is waited for: it may arrive.
-const LAST_ANSWERS: Duration = Duration::from_secs(5);
+/// What is on its way to a broker when a producer stops is waited for, longer than its requests last: it may arrive.
+const LAST_ANSWERS: Duration = Duration::from_secs(35);
 /// For senders to let go of a producer that has stopped.
 const LET_GO: Duration = Duration::from_secs(60);
 /// Between producers that deliver nothing.

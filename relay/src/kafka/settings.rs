@@ -16,7 +16,9 @@ const RECORD_BYTES_MAX: usize = (256 << 20) + (64 << 10);
 const QUEUE_KILOBYTES: &str = "65536";
 
 /// What a cluster has unless it says otherwise.
-const DEFAULTS: [(&str, &str); 8] = [
+const DEFAULTS: [(&str, &str); 9] = [
+    // A topic that is missing is an error to be told of, and not to be made with whatever the broker has as defaults.
+    ("allow.auto.create.topics", "false"),
     ("client.id", "dtm-relay"),
     ("compression.type", "lz4"),
     ("linger.ms", "1"),
@@ -57,7 +59,10 @@ const OURS: [(&[&str], &str); 9] = [
 ];
 
 /// Properties whose values are secret: they name one, as `secret:NAME`.
-const SECRET: [&str; 5] = [
+const SECRET: [&str; 8] = [
+    "sasl.oauthbearer.assertion.private.key.passphrase",
+    "sasl.oauthbearer.assertion.private.key.pem",
+    "sasl.oauthbearer.client.credentials.client.secret",
     "sasl.oauthbearer.client.secret",
     "sasl.password",
     "ssl.key.password",
@@ -80,7 +85,7 @@ impl fmt::Debug for ClusterSettings {
 impl ClusterSettings {
     /// Reads a table. Names may be written with quotes (`"bootstrap.servers" = …`) or without. An error names the property.
     pub fn read(table: &Dict, secrets: &Secrets) -> Result<Self, (String, String)> {
-        let mut properties = BTreeMap::new();
+        let (mut properties, mut secret_ones) = (BTreeMap::new(), Vec::new());
         flatten("", table, &mut properties)?;
         for (name, value) in &mut properties {
             let wrong = |why: &str| Err((name.clone(), why.to_owned()));
@@ -89,7 +94,10 @@ impl ClusterSettings {
             }
             if let Some(secret) = value.strip_prefix("secret:") {
                 match secrets.get(secret) {
-                    Some(secret) => *value = secret.reveal().to_owned(),
+                    Some(secret) => {
+                        *value = secret.reveal().to_owned();
+                        secret_ones.push(name.clone());
+                    }
                     None => return wrong(&format!("there is no [secret.{secret}]")),
                 }
             } else if SECRET.contains(&name.as_str()) {
@@ -104,7 +112,7 @@ impl ClusterSettings {
         for (name, value) in &settings.properties {
             let mut one = ClientConfig::new();
             if let Err(error) = one.set(name, value).create_native_config() {
-                let why = match SECRET.contains(&name.as_str()) {
+                let why = match secret_ones.contains(name) {
                     true => "librdkafka does not take its value".to_owned(),
                     false => reason(&error),
                 };

@@ -2,7 +2,7 @@
 //! What a cluster's topics take: asked before the first record, and again from time to time.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
@@ -23,14 +23,15 @@ const MADE_WITHIN: Duration = Duration::from_millis(200);
 const LOOKS: usize = 5;
 /// Topics that are known at once; past it they are asked for anew.
 const TOPICS_MAX: usize = 10_000;
-/// A topic's `max.message.bytes` where it may not be asked for: Kafka's default.
-const MESSAGE_BYTES: usize = 1_048_588;
 
 /// What a topic takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Its `max.message.bytes`: the most bytes of a batch, after compression.
+    /// Its `max.message.bytes`: the most bytes of a batch, after compression. Where it may not be asked for, all there can be:
+    /// then the broker says.
     pub message_bytes: usize,
+    /// Whether it keeps the last record of each key; `None`: that may not be asked for.
+    pub is_compacted: Option<bool>,
     /// Its partitions.
     pub partitions: usize,
 }
@@ -41,14 +42,15 @@ pub type Known = Result<Limits, Arc<str>>;
 /// The topics of one cluster.
 pub struct Topics {
     config: ClientConfig,
-    admin: OnceLock<AdminClient<Quiet>>,
+    /// Until it fails: nobody polls what it has to tell of that.
+    admin: Mutex<Option<Arc<AdminClient<Quiet>>>>,
     known: Mutex<HashMap<String, (Known, Instant)>>,
 }
 
 impl Topics {
     /// Nothing is known yet.
     pub fn new(config: ClientConfig) -> Self {
-        Topics { config, admin: OnceLock::new(), known: Mutex::default() }
+        Topics { config, admin: Mutex::default(), known: Mutex::default() }
     }
 
     /// What is known of a topic, if it is not too long ago.
@@ -90,18 +92,21 @@ impl Topics {
         let described = admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options).await;
         // Who may write need not be allowed to ask: then the default counts, and the broker says if it is another.
         let configs = described.ok().and_then(|mut all| all.pop()).and_then(Result::ok);
-        let limit = configs
-            .as_ref()
-            .and_then(|config| config.get("max.message.bytes")?.value.as_deref()?.parse().ok());
-        Ok(Limits { message_bytes: limit.unwrap_or(MESSAGE_BYTES), partitions })
+        let value = |name: &str| configs.as_ref().and_then(|config| config.get(name)?.value.as_deref());
+        let message_bytes =
+            value("max.message.bytes").and_then(|text| text.parse().ok()).unwrap_or(usize::MAX);
+        let is_compacted = value("cleanup.policy").map(|policy| policy.contains("compact"));
+        Ok(Limits { message_bytes, is_compacted, partitions })
     }
 
     /// How many partitions a topic has. Blocks.
     fn partitions(&self, topic: &str) -> Result<usize, Missing> {
         let missing = |why: String, may_come| Missing { why, may_come };
         let metadata = self.admin()?.inner().fetch_metadata(Some(topic), ASKED_FOR);
-        let metadata =
-            metadata.map_err(|error| missing(format!("the cluster does not answer: {error}"), false))?;
+        let metadata = metadata.map_err(|error| {
+            self.lock().take();
+            missing(format!("the cluster does not answer: {error}"), false)
+        })?;
         let Some(found) = metadata.topics().iter().find(|found| found.name() == topic) else {
             return Err(missing(format!("there is no topic {topic}"), true));
         };
@@ -136,13 +141,19 @@ impl Topics {
         metadata.map(|metadata| metadata.brokers().len()).map_err(|error| error.to_string())
     }
 
-    fn admin(&self) -> Result<&AdminClient<Quiet>, Missing> {
-        if let Some(admin) = self.admin.get() {
-            return Ok(admin);
+    fn admin(&self) -> Result<Arc<AdminClient<Quiet>>, Missing> {
+        let mut admin = self.lock();
+        if let Some(admin) = &*admin {
+            return Ok(admin.clone());
         }
         let made = self.config.create_with_context::<_, AdminClient<Quiet>>(Quiet);
-        let made = made.map_err(|error| Missing { why: error.to_string(), may_come: false })?;
-        Ok(self.admin.get_or_init(|| made))
+        let made = Arc::new(made.map_err(|error| Missing { why: error.to_string(), may_come: false })?);
+        *admin = Some(made.clone());
+        Ok(made)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<AdminClient<Quiet>>>> {
+        self.admin.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -4,6 +4,7 @@
 //! Whatever happens in a transaction that is not a clean end leaves it open which of the two ends it had: then the producer
 //! is given up, and its successor, which fences it, finds out.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,9 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::message::Message as _;
-use rdkafka::producer::{BaseRecord, DeliveryResult, Producer as _, ProducerContext, ThreadedProducer};
+use rdkafka::producer::{
+    BaseRecord, DeliveryResult, Producer as _, ProducerContext, PurgeConfig, ThreadedProducer,
+};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -26,6 +29,10 @@ const TRANSACTION_MS: &str = "30000";
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// Between two looks whether there is room, or whether all is delivered.
 const LOOK_AGAIN: Duration = Duration::from_micros(200);
+
+/// For what is taken back to come back.
+const PURGED_WITHIN: Duration = Duration::from_secs(5);
+const PURGE_AGAIN: Duration = Duration::from_millis(20);
 
 /// Why a transaction was not committed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,6 +107,8 @@ struct Failures {
     servers: String,
     /// Each record is in a batch of its own.
     is_single: bool,
+    /// The transaction cannot be committed any more.
+    has_failed: AtomicBool,
     refused: Mutex<Vec<(usize, Outcome)>>,
 }
 
@@ -123,6 +132,7 @@ impl ClientContext for Failures {
 
 impl Failures {
     fn failed(&self, number: usize, topic: &str, code: Code) {
+        self.has_failed.store(true, Ordering::Release);
         let outcome = verdict::of_record(topic, code, true);
         if outcome.class == Class::Unsendable && number != OURS {
             self.refused().push((number, outcome));
@@ -167,6 +177,7 @@ impl Named {
         let context = Failures {
             servers: connecting.get("bootstrap.servers").unwrap_or_default().to_owned(),
             is_single: config.get("batch.num.messages") == Some("1"),
+            has_failed: AtomicBool::new(false),
             refused: Mutex::default(),
         };
         let producer: ThreadedProducer<Failures> =
@@ -183,11 +194,12 @@ impl Named {
     fn transaction(&self, write: Write, entry: &Entry) -> Result<(), NotCommitted> {
         let failures: &Failures = self.producer.context();
         failures.refused().clear();
+        failures.has_failed.store(false, Ordering::Release);
         self.producer.begin_transaction().map_err(|error| unknown(&error))?;
         let ended = write(&Open { producer: &self.producer })
             .and_then(|()| self.send_position(entry))
             .and_then(|()| {
-                self.delivered();
+                self.delivered()?;
                 self.producer.commit_transaction(ANSWER_WITHIN).map_err(|error| unknown(&error))
             });
         let problem = match ended {
@@ -195,6 +207,7 @@ impl Named {
             Err(NotCommitted::Fenced) => return Err(NotCommitted::Fenced),
             Err(problem) => problem,
         };
+        self.purge();
         // Only after a clean abort it is certain that nothing was written.
         self.producer.abort_transaction(ANSWER_WITHIN).map_err(|error| unknown(&error))?;
         let refused = std::mem::take(&mut *failures.refused());
@@ -205,21 +218,41 @@ impl Named {
         })
     }
 
-    /// Waits until nothing is on its way. The producer's own way to wait looks only ten times a second.
-    fn delivered(&self) {
+    /// Waits until nothing is on its way. The producer's own way to wait looks only ten times a second, and goes on waiting for
+    /// what is no longer sent since something else has failed.
+    fn delivered(&self) -> Result<(), NotCommitted> {
+        let failures: &Failures = self.producer.context();
         let until = Instant::now() + ANSWER_WITHIN;
         while self.producer.in_flight_count() > 0 && Instant::now() < until {
+            if failures.has_failed.load(Ordering::Acquire) {
+                return Err(NotCommitted::Unknown("a record was not delivered".into()));
+            }
             std::thread::sleep(LOOK_AGAIN);
+        }
+        Ok(())
+    }
+
+    /// Takes back what is on its way: an abort would wait for it, and it is no longer sent.
+    fn purge(&self) {
+        let until = Instant::now() + PURGED_WITHIN;
+        while self.producer.in_flight_count() > 0 && Instant::now() < until {
+            self.producer.purge(PurgeConfig::default().queue().inflight());
+            std::thread::sleep(PURGE_AGAIN);
         }
     }
 
     fn send_position(&self, entry: &Entry) -> Result<(), NotCommitted> {
+        // A topic that is compacted keeps the last record of a key: a beginning must not take the place of a position.
+        let key = match entry {
+            Entry::Position(_) => self.name.clone(),
+            Entry::Begin { .. } => position::beginning_of(&self.name),
+        };
         let value = serde_json::to_vec(entry).map_err(|error| NotCommitted::Unknown(error.to_string()))?;
         let record = BaseRecord {
             topic: position::TOPIC,
             partition: Some(0),
             payload: Some(value.as_slice()),
-            key: Some(self.name.as_bytes()),
+            key: Some(key.as_bytes()),
             timestamp: None,
             headers: None,
             delivery_opaque: (),

@@ -27,18 +27,26 @@ pub fn of_record(topic: &str, code: Code, alone: bool) -> Outcome {
         | Code::UnknownPartition
         | Code::UnknownTopic
         | Code::UnknownTopicOrPartition => Class::Unsent,
-        Code::Fatal
-        | Code::Fenced
-        | Code::GaplessGuarantee
-        | Code::InvalidDifferentRecord
-        | Code::PurgeInflight
-        | Code::PurgeQueue
-        | Code::State => Class::Withdrawn,
+        code if !is_of_broker(code) => Class::Withdrawn,
         // Of a batch nobody knows whose fault it is: each of its records is sent again, alone.
         _ if !alone => Class::Withdrawn,
         _ => Class::Failed,
     };
     Outcome::without_answer(class, format!("topic {topic}: {code}"))
+}
+
+/// Whether an error was a broker's word on a record or its topic, and not the end of a producer or of another record.
+pub fn is_of_broker(code: Code) -> bool {
+    !matches!(
+        code,
+        Code::Fatal
+            | Code::Fenced
+            | Code::GaplessGuarantee
+            | Code::InvalidDifferentRecord
+            | Code::PurgeInflight
+            | Code::PurgeQueue
+            | Code::State
+    )
 }
 
 #[cfg(test)]

@@ -29,13 +29,13 @@ impl LaneName {
     }
 }
 
-/// Where an event stands until it is settled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where an event stands until it is settled: the one before the other, as they go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
-    /// In the log: the cursor waits for it.
-    Log(Ticket),
     /// In dtm.retry: the cursor is past it.
     Row,
+    /// In the log: the cursor waits for it.
+    Log(Ticket),
 }
 
 /// An event on its way.

@@ -203,7 +203,8 @@ impl Lanes {
             return None;
         }
         let mut returned = std::mem::take(&mut lane.returned);
-        returned.sort_unstable_by_key(|returned| Reverse(returned.delivery.event.seq));
+        // In the order of the log, which is not that of the numbers: an event of a later window can have a lower one.
+        returned.sort_unstable_by_key(|returned| Reverse(returned.delivery.place));
         let first = returned.pop_if(|first| first.outcome.class != Class::Withdrawn);
         for Returned { delivery, .. } in returned {
             lane.front.push_front(delivery);

@@ -6,6 +6,7 @@
 //! differ when a relay begins, Kafka knows better, as long as it speaks of a window that PostgreSQL knows. What Kafka refuses
 //! is a dead letter before the others of its batch go on without it.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -142,7 +143,8 @@ async fn leased(pipeline: &mut Pipeline) -> Result<(), Ended> {
 fn reconcile(cursor: &mut StoredCursor, position: Option<Position>, epoch: i64, name: &str) -> Vec<i64> {
     let known = match (&position, cursor.windows.as_slice()) {
         // Nothing has been committed yet: not even the first window's first batch.
-        (None, [] | [_]) => return Vec::new(),
+        (None, []) => return Vec::new(),
+        (None, [_]) if cursor.target.is_some() => return Vec::new(),
         (None, _) => None,
         (Some(position), _) if position.epoch != epoch => None,
         (Some(position), []) => position.window.is_nil().then_some(position),
@@ -178,6 +180,10 @@ struct Once<'a> {
     progress: FlowProgress,
     /// The window before the last, and the last; see [`Cursor`].
     windows: Vec<Uuid>,
+    /// Something may have been committed in the last one.
+    is_used: bool,
+    /// Events beyond the cursor that are settled in another way: the log still brings them.
+    settled: BTreeSet<i64>,
     /// The end of the last one, while it is being delivered.
     open: Option<Arc<Mark>>,
     parked: Vec<Parked>,
@@ -205,13 +211,25 @@ impl<'a> Once<'a> {
         let done = reconcile(&mut cursor, position, epoch, &pipeline.name);
         let windows = cursor.windows.clone();
         let open = cursor.target.clone().filter(|_| !windows.is_empty());
-        let ahead = Ahead::delivered(cursor.ahead.iter().copied());
-        let (reader, progress) =
-            Reader::new(cursor, ahead, eras).map_err(|error| Ended::again(error.to_string()))?;
+        let mut settled: BTreeSet<i64> = std::mem::take(&mut cursor.ahead).into_iter().collect();
+        settled.extend(parked.iter().map(|row| row.seq));
+        let (reader, progress) = Reader::new(cursor, Ahead::delivered([]), eras)
+            .map_err(|error| Ended::again(error.to_string()))?;
         let (done, parked): (Vec<Parked>, Vec<Parked>) =
             parked.into_iter().filter(|row| !row.blocks).partition(|row| done.contains(&row.seq));
-        let once =
-            Once { pipeline, writer, is_single, reader, progress, windows, open, parked, committed: 0 };
+        let once = Once {
+            pipeline,
+            writer,
+            is_single,
+            reader,
+            progress,
+            windows,
+            is_used: true,
+            settled,
+            open,
+            parked,
+            committed: 0,
+        };
         once.store(done.iter().map(|row| settlement(row.seq, Leave::Done, None)).collect()).await?;
         Ok(once)
     }
@@ -224,6 +242,7 @@ impl<'a> Once<'a> {
         let mut next: Option<Reading> = None;
         loop {
             if self.is_single && self.committed > 0 {
+                self.store(Vec::new()).await?;
                 return Err(Ended::Again { why: None, single: false });
             }
             let Some(reading) = next.take() else {
@@ -235,8 +254,13 @@ impl<'a> Once<'a> {
             let held = self.pipeline.share.hold(room, bytes);
             let from = self.progress.frontier().position;
             let (mut tickets, mut events) = (Vec::new(), Vec::new());
+            let mut met = Vec::new();
             for event in page.events {
-                if let Some(ticket) = self.progress.push(event.seq, LaneName::Own(event.seq)) {
+                let Some(ticket) = self.progress.push(event.seq, LaneName::Own(event.seq)) else { continue };
+                if self.settled.contains(&event.seq) {
+                    met.push(event.seq);
+                    self.progress.ack(ticket);
+                } else {
                     tickets.push(ticket);
                     events.push(event);
                 }
@@ -254,6 +278,7 @@ impl<'a> Once<'a> {
             self.write(tickets, events).await?;
             drop(held);
             self.progress.advance(&mut Vec::new());
+            self.settled.retain(|seq| !met.contains(seq));
             if page.done {
                 self.open = None;
             }
@@ -311,8 +336,11 @@ impl<'a> Once<'a> {
         if self.open.is_some() {
             return Ok(());
         }
-        let last = self.windows.last().copied();
-        self.windows = last.into_iter().chain([Uuid::new_v4()]).collect();
+        // One in which nothing was committed is not what Kafka's position speaks of.
+        let known = if self.is_used { self.windows.last() } else { self.windows.first() };
+        let known = known.copied().filter(|_| self.is_used || self.windows.len() > 1);
+        self.windows = known.into_iter().chain([Uuid::new_v4()]).collect();
+        self.is_used = false;
         self.open = Some(piece.to.clone());
         let cursor = Cursor { position: from, ..self.cursor() };
         self.store_cursor(cursor, Vec::new()).await
@@ -363,14 +391,9 @@ impl<'a> Once<'a> {
         position: Position,
     ) -> Result<Option<Vec<(usize, Outcome)>>, Ended> {
         leased(self.pipeline).await?;
-        let (drain, patience) = (self.pipeline.drain.clone(), self.pipeline.bounds.drain);
-        let given_up = async {
-            drain.cancelled().await;
-            tokio::time::sleep(patience).await;
-        };
         let written = tokio::select! {
             written = self.writer.write(events.clone(), position) => written,
-            () = given_up => {
+            () = self.given_up() => {
                 tracing::warn!(subscription = self.pipeline.name, "a transaction is given up; its successor finds out how it ended");
                 return Err(Ended::Stopped);
             }
@@ -378,6 +401,7 @@ impl<'a> Once<'a> {
         match written {
             Ok(()) => {
                 self.committed += 1;
+                self.is_used = true;
                 Ok(None)
             }
             Err(NotCommitted::Refused(refused)) => Ok(Some(refused)),
@@ -391,6 +415,12 @@ impl<'a> Once<'a> {
         }
     }
 
+    /// It was asked to end, and has had the time that it may take for that.
+    async fn given_up(&self) {
+        self.pipeline.drain.cancelled().await;
+        tokio::time::sleep(self.pipeline.bounds.drain).await;
+    }
+
     async fn bury(
         &mut self,
         events: &[Event],
@@ -400,6 +430,9 @@ impl<'a> Once<'a> {
         for (at, outcome) in refused {
             let (id, topic) = (events[*at].id, &*events[*at].topic);
             tracing::error!(subscription = self.pipeline.name, %id, topic, "an event is a dead letter: {outcome}");
+        }
+        if how == Leave::Bury {
+            self.settled.extend(refused.iter().map(|(at, _)| events[*at].seq));
         }
         let buried = refused.iter().map(|(at, outcome)| settlement(events[*at].seq, how, Some(outcome)));
         self.store(buried.collect()).await
@@ -413,15 +446,10 @@ impl<'a> Once<'a> {
     fn cursor(&self) -> Cursor {
         let frontier = self.progress.frontier();
         let acked = frontier.acked;
+        let ahead = self.settled.iter().copied().collect();
         // A window that is open stays so in the database, also before anything of it is delivered.
         let target = self.open.clone().or(frontier.target);
-        Cursor {
-            position: frontier.position,
-            target,
-            acked,
-            ahead: Vec::new(),
-            windows: self.windows.clone(),
-        }
+        Cursor { position: frontier.position, target, acked, ahead, windows: self.windows.clone() }
     }
 
     /// Stores how far it has come and what became of events, and waits for it.
@@ -432,7 +460,10 @@ impl<'a> Once<'a> {
     async fn store_cursor(&self, cursor: Cursor, settlements: Vec<Settlement>) -> Result<(), Ended> {
         let Pipeline { cursors, owner, .. } = &*self.pipeline;
         cursors.moved(owner, cursor, settlements, 1);
-        cursors.barrier(owner).await;
+        tokio::select! {
+            () = cursors.barrier(owner) => {}
+            () = self.given_up() => return Err(Ended::Stopped),
+        }
         if owner.fenced.is_cancelled() { Err(Ended::Stopped) } else { Ok(()) }
     }
 

@@ -150,6 +150,7 @@ impl Pipeline {
             // Before anything parked is read: its row has to be on its way.
             self.leave(&mut flow, &mut report, Vec::new());
             let valid_until = *self.valid_until.borrow_and_update();
+            in_flight.hold(Instant::now() >= valid_until);
             if stop_at.is_none() {
                 self.read_on(&mut flow, &mut reads)?;
                 while in_flight.has_room() && Instant::now() < valid_until {
@@ -167,7 +168,9 @@ impl Pipeline {
                 None => {
                     let due = flow.next_timer(now).filter(|_| !without_lease);
                     let reads = reads.not_before.into_iter().chain(reads.look_again).filter(|at| *at > now);
-                    due.into_iter().chain(reads).min()
+                    // What waits in a sink must not go when the lease is over.
+                    let lease = Some(valid_until).filter(|_| !without_lease && !in_flight.is_empty());
+                    due.into_iter().chain(reads).chain(lease).min()
                 }
             };
             tokio::select! {

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use super::delivery::{Delivery, Place};
+use super::delivery::Delivery;
 
 /// Events in the order of the log.
 #[derive(Debug)]
@@ -63,10 +63,7 @@ impl Straight {
     pub fn end(&mut self) -> impl Iterator<Item = Delivery> + use<> {
         self.is_on = false;
         let mut back = std::mem::take(&mut self.back);
-        back.sort_unstable_by_key(|delivery| match delivery.place {
-            Place::Log(ticket) => ticket,
-            Place::Row => 0,
-        });
+        back.sort_unstable_by_key(|delivery| delivery.place);
         back.into_iter().chain(std::mem::take(&mut self.waiting))
     }
 }

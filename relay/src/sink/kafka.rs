@@ -33,7 +33,7 @@ pub struct KafkaSink {
     cluster: Arc<Cluster>,
     topic: TopicTemplate,
     /// The topic, where it is the same for all events.
-    fixed: Option<Arc<str>>,
+    pub(super) fixed: Option<Arc<str>>,
     format: Format,
     source: String,
     /// Of the subscription: they win over an event's own.
@@ -130,6 +130,8 @@ pub struct KafkaSender<T> {
     /// So many records go in batches of their own, since something among them was refused.
     single: usize,
     look: Option<BoxFuture<'static, Known>>,
+    /// Nothing may be handed over now.
+    is_held: bool,
 }
 
 /// What became of a record that was to be handed over.
@@ -154,6 +156,7 @@ impl<T: AsRef<Event> + Send + 'static> KafkaSender<T> {
             ended: Vec::new(),
             single: 0,
             look: None,
+            is_held: false,
         }
     }
 
@@ -182,6 +185,9 @@ impl<T: AsRef<Event> + Send + 'static> KafkaSender<T> {
     }
 
     fn hand_over(&mut self, item: T) -> Handed<T> {
+        if self.is_held {
+            return Handed::Ended(item, Outcome::without_answer(Class::Withdrawn, "the lease is over"));
+        }
         let now = Instant::now();
         let event = item.as_ref();
         let topic = match self.sink.topic_of(event) {
@@ -283,7 +289,7 @@ impl<T: AsRef<Event> + Send + 'static> KafkaSender<T> {
                 _ => {
                     // Whatever it was, it is not to trouble those that share the producer: until all is well again, what is
                     // sent goes by one for troubled senders.
-                    if !is_single {
+                    if !is_single && error.is_some_and(verdict::is_of_broker) {
                         self.single = self.single.max(all);
                     }
                     self.give_up_route();
@@ -291,6 +297,15 @@ impl<T: AsRef<Event> + Send + 'static> KafkaSender<T> {
             }
             self.ended.push((item, outcome));
         }
+    }
+
+    /// Whether records may be handed over. If not, what is not on its way to a broker yet comes back: somebody else may deliver
+    /// it by now, and later ones of its key.
+    pub fn hold(&mut self, is_held: bool) {
+        if is_held && !self.is_held && !self.slots.is_empty() {
+            self.give_up_route();
+        }
+        self.is_held = is_held;
     }
 
     /// What was handed over and is not on its way to a broker yet comes back.

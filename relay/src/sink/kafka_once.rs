@@ -30,11 +30,28 @@ impl OnceWriter {
         is_single: bool,
     ) -> Result<(Self, Option<Position>), String> {
         let cluster = sink.cluster();
-        if cluster.topics().clone().look(position::TOPIC.to_owned()).await.is_err() {
-            cluster.topics().make(&position::new_topic()).await?;
+        let topics = cluster.topics();
+        let positions = match topics.clone().look(position::TOPIC.to_owned()).await {
+            Ok(positions) => positions,
+            Err(_) => {
+                topics.make(&position::new_topic()).await?;
+                topics.clone().look(position::TOPIC.to_owned()).await.map_err(|why| why.to_string())?
+            }
+        };
+        if positions.is_compacted == Some(false) {
+            return Err(format!(
+                "topic {} is not compacted: give it cleanup.policy=compact",
+                position::TOPIC
+            ));
         }
+        let limit = match &sink.fixed {
+            Some(topic) => {
+                topics.clone().look(topic.to_string()).await.map_err(|why| why.to_string())?.message_bytes
+            }
+            None => usize::MAX,
+        };
         let settings = cluster.settings();
-        let mut config = settings.producing(usize::MAX);
+        let mut config = settings.producing(limit);
         if is_single {
             config.set("batch.num.messages", "1");
         }

@@ -127,6 +127,15 @@ impl<T: AsRef<Event> + Send + 'static> Sender<T> {
         self.len() == 0
     }
 
+    /// Whether anything may be sent: not while somebody else may.
+    pub fn hold(&mut self, is_held: bool) {
+        match self {
+            // What has been sent is sent, and nothing waits.
+            Sender::Http(_) => {}
+            Sender::Kafka(sender) => sender.hold(is_held),
+        }
+    }
+
     /// Makes an attempt.
     pub fn send(&mut self, item: T) {
         match self {

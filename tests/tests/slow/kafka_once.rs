@@ -5,6 +5,8 @@ use dtm_tests::kafka::Broker;
 use dtm_tests::kafka_log::{Isolation, Log, Record};
 use dtm_tests::kafka_topics::unique_topic;
 use dtm_tests::relay::Relay;
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, ResourceSpecifier};
 use tokio_postgres::Client;
 
 use crate::asking::wait;
@@ -18,6 +20,16 @@ async fn publish_large(client: &Client, bytes: i32) {
     let sql = "SELECT dtm.publish_bytes('t', (SELECT string_agg(md5(random()::text), '') FROM generate_series(1, $1::int / 32))::bytea, \
                content_type => 'text/plain', key => 'large')";
     client.execute(sql, &[&bytes]).await.expect("publish");
+}
+
+/// The last record of each key is kept, however long ago it was written.
+async fn assert_compacted(bootstrap: &str, topic: &str) {
+    let mut config = ClientConfig::new();
+    let admin: AdminClient<_> = config.set("bootstrap.servers", bootstrap).create().expect("a client");
+    let described = admin.describe_configs([&ResourceSpecifier::Topic(topic)], &AdminOptions::new()).await;
+    let topic = described.expect("an answer").pop().expect("one topic").expect("its settings");
+    let policy = topic.get("cleanup.policy").expect("a policy").value.clone();
+    assert_eq!(policy.as_deref(), Some("compact"));
 }
 
 /// Those whose value is a number.
@@ -98,6 +110,7 @@ async fn a_rewind_repeats_what_it_says_and_a_lost_position_falls_back_to_the_cur
         publish(&client, "t", last - 99, last, 5).await;
         log.wait_for(last as usize).await;
     }
+    assert_compacted(&broker.bootstrap(), "dtm_positions").await;
     client.execute("SELECT dtm.rewind('s', 'earliest')", &[]).await.expect("rewind");
     let records = log.wait_for(600).await;
     assert_in_order(&records, 300, 5);
