@@ -90,7 +90,7 @@ impl Topics {
         let admin = self.admin().map_err(|missing| missing.why)?;
         let options = AdminOptions::new().request_timeout(Some(ASKED_FOR));
         let described = admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options).await;
-        // Who may write need not be allowed to ask: then the default counts, and the broker says if it is another.
+        // Who may write need not be allowed to ask: then the broker says what is too large.
         let configs = described.ok().and_then(|mut all| all.pop()).and_then(Result::ok);
         let value = |name: &str| configs.as_ref().and_then(|config| config.get(name)?.value.as_deref());
         let message_bytes =

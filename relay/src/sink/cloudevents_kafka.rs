@@ -62,21 +62,6 @@ pub fn record<'a>(
     let mut id = uuid::Uuid::encode_buffer();
     let id: &str = event.id.hyphenated().encode_lower(&mut id);
     let value = match format {
-        Format::Binary => {
-            attributes(event, id, source, |name, value| headers.add(name, value));
-            if event.payload.is_some() {
-                headers.add("content-type", &event.content_type);
-            }
-            cloudevents::own_headers(event, |own, value| {
-                match own {
-                    Own::Attribute(name) => headers.add(&["ce_", name].concat(), value),
-                    Own::Header(name) if of_subscription(name) => {}
-                    Own::Header(name) => headers.add(name, value),
-                }
-                Ok(())
-            })?;
-            event.payload.as_deref().map(Cow::Borrowed)
-        }
         Format::Structured => {
             headers.add("content-type", STRUCTURED);
             let mut envelope = Map::new();
@@ -95,8 +80,15 @@ pub fn record<'a>(
             let text = serde_json::to_vec(&envelope).map_err(|error| Unsendable(error.to_string()))?;
             Some(Cow::Owned(text))
         }
-        Format::Debezium => {
-            headers.add("id", id);
+        Format::Binary | Format::Debezium => {
+            if format == Format::Debezium {
+                headers.add("id", id);
+            } else {
+                attributes(event, id, source, |name, value| headers.add(name, value));
+                if event.payload.is_some() {
+                    headers.add("content-type", &event.content_type);
+                }
+            }
             cloudevents::own_headers(event, |own, value| {
                 match own {
                     Own::Attribute(name) => headers.add(&["ce_", name].concat(), value),
