@@ -9,8 +9,10 @@ use dtm_relay::config::Config;
 use dtm_relay::operate::{self, Change, Deed};
 use dtm_relay::{adopt, check, daemon, logging};
 
+// The whole process allocates by it, librdkafka too: records that one thread makes and another one frees are what the system's
+// allocator is slow at, and what it keeps memory for.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

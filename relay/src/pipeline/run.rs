@@ -10,6 +10,7 @@ use futures_util::future::{BoxFuture, FutureExt as _, OptionFuture};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::budget::{Room, Share};
 use super::delivery::Delivery;
@@ -300,7 +301,14 @@ impl Pipeline {
             let (from, to, after) = (piece.from, piece.to, piece.after);
             let request = PageRequest { from, to, after, max_rows, max_bytes };
             let (pages, wanted) = (self.pages.clone(), self.wanted.clone());
-            return Some(Reading { read: async move { pages.read(&request, &wanted).await }.boxed(), room });
+            // A task of its own: the database works while what was read before is being sent.
+            let page = tokio::spawn(async move { pages.read(&request, &wanted).await });
+            let read = AbortOnDropHandle::new(page).map(|read| {
+                read.unwrap_or_else(|error| {
+                    Err(SourceError::Unreachable(format!("reading a page failed: {error}")))
+                })
+            });
+            return Some(Reading { read: read.boxed(), room });
         }
     }
 
