@@ -4,9 +4,10 @@
 use std::process::ExitCode;
 
 use dtm_core::destination::Destination;
-use dtm_core::options::Options;
+use dtm_core::options::{Guarantee, Options};
 
 use crate::config::{Config, Database};
+use crate::kafka::position;
 use crate::sink::{Outlets, Sink, SinkError};
 use crate::source::connect::Connector;
 use crate::source::error::SourceError;
@@ -171,10 +172,19 @@ async fn deliverable(
     };
     let sink = Sink::new(outlets, destination, &options, source)
         .map_err(|error| (error.to_string(), mend(&error)))?;
-    if let (Sink::Kafka(sink), Some(topic)) = (sink, topic) {
-        let known = sink.cluster().topics().clone().look(topic).await;
+    let Sink::Kafka(sink) = sink else { return Ok(()) };
+    let (cluster, topics) = (sink.cluster().name(), sink.cluster().topics());
+    if let Some(topic) = topic {
         let mend = "make the topic, or let the relay's user describe it and write to it";
-        known.map_err(|why| (format!("kafka.{}: {why}", sink.cluster().name()), mend))?;
+        topics.clone().look(topic).await.map_err(|why| (format!("kafka.{cluster}: {why}"), mend))?;
+    }
+    // Where it is missing the relay makes it.
+    if options.delivery == Guarantee::ExactlyOnce
+        && let Ok(positions) = topics.clone().look(position::TOPIC.to_owned()).await
+        && positions.is_compacted == Some(false)
+    {
+        let mend = "give that topic cleanup.policy=compact";
+        return Err((format!("kafka.{cluster}: topic {} is not compacted", position::TOPIC), mend));
     }
     Ok(())
 }

@@ -19,6 +19,14 @@ DECLARE
     moved int[];
     unknown bigint[];
 BEGIN
+    -- What Kafka's positions speak of has to be known after a failover, too: as durable as the database's users have it, while
+    -- the relay's session does not wait for standbys.
+    IF EXISTS (SELECT FROM unnest(relay_store.windows) AS w (stored) WHERE w.stored <> '{}') THEN
+        SET LOCAL synchronous_commit TO DEFAULT;
+        IF current_setting('synchronous_commit') = 'off' THEN
+            SET LOCAL synchronous_commit TO local;
+        END IF;
+    END IF;
     -- Against a lease that is being taken over at this moment.
     LOCK TABLE dtm.lease_log_1 IN ROW SHARE MODE;
     position_ids := dtm.store_positions(new_positions);

@@ -51,10 +51,12 @@ pub(crate) fn settings(folder: &Path) -> String {
     let login = "org.apache.kafka.common.security";
     let sasl = "listener.name.sasl_ssl";
     format!(
-        "sasl.enabled.mechanisms=SCRAM-SHA-256,SCRAM-SHA-512,PLAIN\n\
+        "sasl.enabled.mechanisms=SCRAM-SHA-256,SCRAM-SHA-512,PLAIN,OAUTHBEARER\n\
          {sasl}.scram-sha-256.sasl.jaas.config={login}.scram.ScramLoginModule required;\n\
          {sasl}.scram-sha-512.sasl.jaas.config={login}.scram.ScramLoginModule required;\n\
          {sasl}.plain.sasl.jaas.config={login}.plain.PlainLoginModule required user_{USER}=\"{PASSWORD}\";\n\
+         {sasl}.oauthbearer.sasl.jaas.config={login}.oauthbearer.OAuthBearerLoginModule required \
+         unsecuredLoginStringClaim_sub=\"{USER}\";\n\
          ssl.keystore.type=PEM\nssl.keystore.location={}\n\
          ssl.truststore.type=PEM\nssl.truststore.location={}\n\
          listener.name.ssl.ssl.client.auth=required\n",

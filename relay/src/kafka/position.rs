@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rdkafka::admin::{NewTopic, TopicReplication};
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::message::Message as _;
+use rdkafka::types::RDKafkaErrorCode as Code;
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -94,6 +95,14 @@ pub fn read(config: &ClientConfig, producer: &str, marker: Uuid) -> Result<Optio
                 record
             }
             Some(Ok(_)) => continue,
+            Some(Err(error))
+                if matches!(
+                    error.rdkafka_error_code(),
+                    Some(Code::TopicAuthorizationFailed | Code::GroupAuthorizationFailed)
+                ) =>
+            {
+                return Err(failed(error));
+            }
             // It goes on by itself when a broker is back.
             Some(Err(error)) => {
                 tracing::debug!("reading {TOPIC}: {error}");

@@ -110,6 +110,8 @@ struct Failures {
     /// The transaction cannot be committed any more.
     has_failed: AtomicBool,
     refused: Mutex<Vec<(usize, Outcome)>>,
+    /// Why the first record failed whose topic cannot be written to.
+    unwritten: Mutex<Option<String>>,
 }
 
 impl ClientContext for Failures {
@@ -132,11 +134,28 @@ impl ClientContext for Failures {
 
 impl Failures {
     fn failed(&self, number: usize, topic: &str, code: Code) {
-        self.has_failed.store(true, Ordering::Release);
         let outcome = verdict::of_record(topic, code, true);
         if outcome.class == Class::Unsendable && number != OURS {
             self.refused().push((number, outcome));
+        } else if outcome.class == Class::Unsent {
+            self.unwritten().get_or_insert_with(|| outcome.to_string());
         }
+        self.has_failed.store(true, Ordering::Release);
+    }
+
+    fn begin(&self) {
+        self.refused().clear();
+        self.unwritten().take();
+        self.has_failed.store(false, Ordering::Release);
+    }
+
+    /// Why something was not written, in the broker's words if there are any.
+    fn why(&self, otherwise: String) -> String {
+        self.unwritten().take().unwrap_or(otherwise)
+    }
+
+    fn unwritten(&self) -> MutexGuard<'_, Option<String>> {
+        self.unwritten.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn refused(&self) -> MutexGuard<'_, Vec<(usize, Outcome)>> {
@@ -179,6 +198,7 @@ impl Named {
             is_single: config.get("batch.num.messages") == Some("1"),
             has_failed: AtomicBool::new(false),
             refused: Mutex::default(),
+            unwritten: Mutex::default(),
         };
         let producer: ThreadedProducer<Failures> =
             config.create_with_context(context).map_err(|error| error.to_string())?;
@@ -193,8 +213,7 @@ impl Named {
 
     fn transaction(&self, write: Write, entry: &Entry) -> Result<(), NotCommitted> {
         let failures: &Failures = self.producer.context();
-        failures.refused().clear();
-        failures.has_failed.store(false, Ordering::Release);
+        failures.begin();
         self.producer.begin_transaction().map_err(|error| unknown(&error))?;
         let ended = write(&Open { producer: &self.producer })
             .and_then(|()| self.send_position(entry))
@@ -205,6 +224,7 @@ impl Named {
         let problem = match ended {
             Ok(()) => return Ok(()),
             Err(NotCommitted::Fenced) => return Err(NotCommitted::Fenced),
+            Err(NotCommitted::Unknown(why)) => NotCommitted::Unknown(failures.why(why)),
             Err(problem) => problem,
         };
         self.purge();

@@ -247,10 +247,10 @@ async fn while_the_broker_is_away_the_subscription_stands_still_and_goes_on_by_i
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn records_go_over_tls_with_a_password_or_a_certificate_and_check_names_what_is_wrong() {
+async fn records_go_over_tls_with_a_password_a_token_or_a_certificate_and_check_names_what_is_wrong() {
     let broker = Broker::builder().tls().start().await;
     let (cluster, client) = shop().await;
-    for topic in ["scram", "mutual"] {
+    for topic in ["scram", "token", "mutual"] {
         broker.create_topic(topic, 1, &[]).await;
         subscribe(&client, topic, "t", &format!("kafka://{topic}/{topic}"), "{}").await;
     }
@@ -263,10 +263,15 @@ async fn records_go_over_tls_with_a_password_or_a_certificate_and_check_names_wh
             "[database.shop]\nurl = \"{}\"\n[secret.kafka]\nfile = \"{}\"\n\
              [kafka.scram]\nbootstrap.servers = \"{}\"\nsecurity.protocol = \"SASL_SSL\"\nsasl.mechanism = \"SCRAM-SHA-256\"\n\
              sasl.username = \"{USER}\"\nsasl.password = \"secret:kafka\"\nssl.ca.location = \"{}\"\n\
+             [kafka.token]\nbootstrap.servers = \"{}\"\nsecurity.protocol = \"SASL_SSL\"\nsasl.mechanism = \"OAUTHBEARER\"\n\
+             sasl.oauthbearer.config = \"principal={USER}\"\nenable.sasl.oauthbearer.unsecure.jwt = true\n\
+             ssl.ca.location = \"{}\"\n\
              [kafka.mutual]\nbootstrap.servers = \"{}\"\nsecurity.protocol = \"SSL\"\nssl.ca.location = \"{}\"\n\
              ssl.certificate.location = \"{}\"\nssl.key.location = \"{}\"\n",
             cluster.url("shop"),
             secret.display(),
+            broker.sasl_bootstrap(),
+            broker.ca_file().display(),
             broker.sasl_bootstrap(),
             broker.ca_file().display(),
             broker.ssl_bootstrap(),
@@ -286,7 +291,7 @@ async fn records_go_over_tls_with_a_password_or_a_certificate_and_check_names_wh
     assert!(ok, "{printed}");
     let relay = Relay::start_configured(&toml(PASSWORD));
     publish(&client, "t", 1, 100, 5).await;
-    for topic in ["scram", "mutual"] {
+    for topic in ["scram", "token", "mutual"] {
         let records = Log::of(&broker.bootstrap(), &[topic], Isolation::Committed).wait_for(100).await;
         assert_in_order(&records, 100, 5);
     }
