@@ -129,3 +129,35 @@ async fn a_rewind_repeats_what_it_says_and_a_lost_position_falls_back_to_the_cur
     wait(&client, "SELECT lag_events FROM dtm.subscriptions", |lag| lag == 0).await;
     assert_in_order(&log.read().await, 600, 5);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_written_to_kafka_before_a_synchronous_standby_knows_its_window() {
+    let broker = Broker::for_topics().await;
+    let (cluster, client) = shop().await;
+    let topics = [unique_topic("once"), unique_topic("atleast")];
+    for (topic, options) in std::iter::zip(&topics, [ONCE, "{}"]) {
+        broker.create_topic(topic, 1, &[]).await;
+        subscribe(&client, topic, "t", &format!("kafka://main/{topic}"), options).await;
+    }
+    let admin = cluster.connect("postgres").await;
+    let reload = "SELECT pg_reload_conf()";
+    // There is none: whoever waits for it waits.
+    let standby = "ALTER SYSTEM SET synchronous_standby_names = 'nobody'";
+    for sql in ["SET synchronous_commit = local", standby, reload] {
+        admin.batch_execute(sql).await.expect(sql);
+    }
+    client.batch_execute("SET synchronous_commit = local").await.expect("SET");
+    wait(&client, "SELECT count(*) FROM pg_settings WHERE setting = 'nobody'", |settings| settings == 1)
+        .await;
+    let _relay = Relay::start_configured(&configured(&cluster, "shop", &broker.bootstrap(), ""));
+    publish(&client, "t", 1, 10, 5).await;
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+    wait(&admin, waiting, |sessions| sessions > 0).await;
+    Log::of(&broker.bootstrap(), &[&topics[1]], Isolation::Committed).wait_for(10).await;
+    let log = Log::of(&broker.bootstrap(), &[&topics[0]], Isolation::Committed);
+    assert!(log.read().await.is_empty(), "PostgreSQL may forget the window");
+    for sql in ["ALTER SYSTEM RESET synchronous_standby_names", reload] {
+        admin.batch_execute(sql).await.expect(sql);
+    }
+    assert_in_order(&log.wait_for(10).await, 10, 5);
+}
