@@ -10,6 +10,7 @@ static MAX_PAYLOAD: GucSetting<i32> = GucSetting::<i32>::new(1024 * 1024);
 static SOURCE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 static RETENTION_S: GucSetting<f64> = GucSetting::<f64>::new(3.0 * 86_400.0);
 static RECEIPTS_KEPT_S: GucSetting<f64> = GucSetting::<f64>::new(30.0 * 86_400.0);
+static BARRIERS_KEPT_S: GucSetting<f64> = GucSetting::<f64>::new(30.0 * 86_400.0);
 
 const MAX_PAYLOAD_CEILING: i32 = 256 * 1024 * 1024;
 const HUNDRED_YEARS_S: f64 = 100.0 * 365.25 * 86_400.0;
@@ -54,6 +55,16 @@ pub fn define() {
         GucContext::Suset,
         GucFlags::UNIT_S,
     );
+    GucRegistry::define_float_guc(
+        c"dtm.barriers_kept",
+        c"How long rows of dtm_barrier.barrier are kept.",
+        c"A call that is repeated later than this is taken for a new one.",
+        &BARRIERS_KEPT_S,
+        1.0,
+        HUNDRED_YEARS_S,
+        GucContext::Suset,
+        GucFlags::UNIT_S,
+    );
     // SAFETY: called once per process, from _PG_init, with a static string.
     unsafe { pg_sys::MarkGUCPrefixReserved(c"dtm".as_ptr()) };
 }
@@ -75,6 +86,11 @@ fn retention() -> Interval {
 #[pg_extern]
 fn receipts_kept() -> Interval {
     seconds(RECEIPTS_KEPT_S.get())
+}
+
+#[pg_extern]
+fn barriers_kept() -> Interval {
+    seconds(BARRIERS_KEPT_S.get())
 }
 
 #[pg_extern]

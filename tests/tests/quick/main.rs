@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: PostgreSQL
 //! What runs on every PostgreSQL version: the SQL surface, the log's properties, one way from end to end.
 
+mod barrier;
+mod barrier_table;
 mod concurrent;
 mod copies;
 mod dead_letters;
