@@ -2,6 +2,7 @@
 //! Benchmarks: what is measured, against what, and how it is shown.
 
 pub mod backlog;
+pub mod barrier;
 pub mod fanout;
 pub mod http;
 pub mod kafka;

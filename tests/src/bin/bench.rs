@@ -2,7 +2,7 @@
 //! `cargo xtask bench NAME`: measures against a baseline of the same run, checks every id, and prints a table.
 
 use clap::{Parser, ValueEnum};
-use dtm_tests::bench::{backlog, fanout, http, kafka, latency, pinned, publish, report};
+use dtm_tests::bench::{backlog, barrier, fanout, http, kafka, latency, pinned, publish, report};
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Bench {
@@ -18,6 +18,8 @@ enum Bench {
     Fanout,
     /// From the bottom of five million events, against from 200,000; and the relay's memory
     Backlog,
+    /// The barrier, against the bare INSERT that it is made of
+    Barrier,
     /// Delivering a backlog into Kafka, against a bare loop that produces the same; latency; memory
     Kafka,
 }
@@ -50,6 +52,7 @@ async fn main() {
         Bench::Http => ("http", http::run(pairs).await),
         Bench::Fanout => ("fanout", fanout::run(pairs).await),
         Bench::Backlog => ("backlog", backlog::run(pairs).await),
+        Bench::Barrier => ("barrier", barrier::run(pairs).await),
         Bench::Kafka => ("kafka", kafka::run(pairs, arguments.events).await),
     };
     report::print(name, &rows, arguments.json);

@@ -83,8 +83,7 @@ async fn dtms_table_is_taken_over_and_its_owner_goes_on_writing_and_can_change_n
 #[tokio::test]
 async fn a_table_that_could_run_somebody_elses_code_is_refused() {
     let cluster = cluster_with_svc().await;
-    let function =
-        "CREATE SCHEMA mine; CREATE FUNCTION mine.f() RETURNS varchar LANGUAGE plpgsql AS $$ BEGIN
+    let function = "CREATE SCHEMA mine; CREATE FUNCTION mine.f() RETURNS varchar LANGUAGE plpgsql AS $$ BEGIN
                     RAISE EXCEPTION 'as %', current_user; END $$;
                     CREATE FUNCTION mine.t() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'";
     let additions = [

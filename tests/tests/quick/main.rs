@@ -2,6 +2,7 @@
 //! What runs on every PostgreSQL version: the SQL surface, the log's properties, one way from end to end.
 
 mod barrier;
+mod barrier_money;
 mod barrier_table;
 mod concurrent;
 mod copies;
