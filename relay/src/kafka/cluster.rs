@@ -60,7 +60,8 @@ impl Cluster {
             };
             config.set("enable.gapless.guarantee", "true");
             if batches == Batches::Single {
-                config.set("batch.num.messages", "1");
+                // One after the other: a broker that has refused the first of a producer would take the second.
+                config.set("batch.num.messages", "1").set("max.in.flight", "1");
             }
             Arc::new(Line::new(config, self.name.clone()))
         });

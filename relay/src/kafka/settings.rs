@@ -14,6 +14,7 @@ const RECORD_BYTES_MAX: usize = (256 << 20) + (64 << 10);
 
 /// Records that wait in a producer, in kilobytes.
 const QUEUE_KILOBYTES: &str = "65536";
+const QUEUE: &str = "queue.buffering.max.kbytes";
 
 /// What a cluster has unless it says otherwise.
 const DEFAULTS: [(&str, &str); 9] = [
@@ -23,7 +24,7 @@ const DEFAULTS: [(&str, &str); 9] = [
     ("compression.type", "lz4"),
     ("linger.ms", "1"),
     ("log.connection.close", "false"),
-    ("queue.buffering.max.kbytes", QUEUE_KILOBYTES),
+    (QUEUE, QUEUE_KILOBYTES),
     ("queue.buffering.max.messages", "200000"),
     // A broker that is back is noticed soon.
     ("reconnect.backoff.max.ms", "1000"),
@@ -31,7 +32,7 @@ const DEFAULTS: [(&str, &str); 9] = [
 ];
 
 /// Properties that are not to be set, and why.
-const OURS: [(&[&str], &str); 9] = [
+const OURS: [(&[&str], &str); 10] = [
     (&["acks", "request.required.acks"], "a record counts as delivered when all in-sync replicas have it"),
     (
         &["enable.idempotence", "enable.gapless.guarantee"],
@@ -52,6 +53,10 @@ const OURS: [(&[&str], &str); 9] = [
     (
         &["partitioner", "partitioner_cb", "sticky.partitioning.linger.ms"],
         "a key's records go where those of the Java client go (murmur2_random)",
+    ),
+    (
+        &["socket.timeout.ms", "request.timeout.ms"],
+        "a record that a producer has given up must not arrive after those of its successor",
     ),
     (&["transactional.id", "transaction.timeout.ms"], "each subscription has transactions of its own"),
     (&["message.max.bytes"], "it follows from dtm.max_payload and the topic's max.message.bytes"),
@@ -154,6 +159,12 @@ impl ClusterSettings {
         self.properties.get("batch.size").and_then(|text| text.parse().ok()).unwrap_or(1_000_000)
     }
 
+    /// The most bytes of records that a producer takes; a record that is larger never finds room.
+    pub fn queue_bytes(&self) -> usize {
+        let set = self.properties.get(QUEUE).map_or(QUEUE_KILOBYTES, String::as_str);
+        set.parse().map_or(usize::MAX, |kilobytes: usize| kilobytes.saturating_mul(1024))
+    }
+
     /// Whether records are compressed: then it is not known before how large a batch is to the broker.
     pub fn compresses(&self) -> bool {
         let set =
@@ -229,9 +240,14 @@ mod tests {
 
     #[test]
     fn what_would_break_a_promise_is_refused_with_its_reason() {
-        for name in
-            ["acks", "enable.idempotence", "message.timeout.ms", "retries", "partitioner", "transactional.id"]
-        {
+        for name in [
+            "acks",
+            "enable.idempotence",
+            "message.timeout.ms",
+            "socket.timeout.ms",
+            "retries",
+            "transactional.id",
+        ] {
             let (key, why) = read(&format!("bootstrap.servers = \"a:1\"\n\"{name}\" = \"1\"")).unwrap_err();
             assert!(key == name && why.contains("the relay's to set"), "{key}: {why}");
         }

@@ -292,15 +292,22 @@ impl Open<'_> {
         let BaseRecord { topic, partition, payload, key, timestamp, headers, .. } = record;
         let mut record =
             BaseRecord { topic, partition, payload, key, timestamp, headers, delivery_opaque: number };
+        let failures: &Failures = self.producer.context();
+        let until = Instant::now() + ANSWER_WITHIN;
         loop {
             let Err((error, back)) = self.producer.send(record) else { return Ok(()) };
             match error.rdkafka_error_code() {
+                Some(Code::QueueFull)
+                    if failures.has_failed.load(Ordering::Acquire) || Instant::now() >= until =>
+                {
+                    return Err(unknown(&error));
+                }
                 Some(Code::QueueFull) => {
                     std::thread::sleep(LOOK_AGAIN);
                     record = back;
                 }
                 code => {
-                    self.producer.context().failed(number, topic, code.unwrap_or(Code::Unknown));
+                    failures.failed(number, topic, code.unwrap_or(Code::Unknown));
                     return Err(unknown(&error));
                 }
             }

@@ -49,6 +49,8 @@ pub struct Delivery {
     pub place: Place,
     /// How many attempts were charged to it before it was read from dtm.retry.
     pub attempts: u32,
+    /// Which one it was to go, of all: among those of a lane that are on their way their order.
+    pub turn: u64,
     /// The memory that it is a part of.
     pub held: Arc<Held>,
 }

@@ -222,7 +222,7 @@ impl Flow {
                 continue;
             }
             let (place, held) = (Place::Log(ticket), held.clone());
-            let delivery = Delivery { event, lane, place, attempts: 0, held };
+            let delivery = Delivery { event, lane, place, attempts: 0, turn: 0, held };
             if self.straight.is_on() {
                 self.straight.push(delivery);
             } else {
@@ -278,7 +278,7 @@ impl Flow {
     pub fn loaded(&mut self, asked: &[i64], events: Vec<Event>, held: &Arc<Held>) {
         let delivery = |event: Event| {
             let lane = LaneName::of(event.seq, event.key.as_deref(), self.ordering);
-            Delivery { event, lane, place: Place::Row, attempts: 0, held: held.clone() }
+            Delivery { event, lane, place: Place::Row, attempts: 0, turn: 0, held: held.clone() }
         };
         let (gone, bytes) = self.lanes.loaded(asked, events.into_iter().map(delivery).collect());
         self.unpark(gone, bytes);

@@ -24,7 +24,8 @@ enum Act {
     /// A page of so many rows is asked for, looking at so many more.
     Read(usize),
     /// Parked events that are due are read.
-    Load,
+    /// Up to so many bytes of them.
+    Load(usize),
     Send,
     Answer(Index, Class),
     /// Time passes.
@@ -56,7 +57,7 @@ fn acts(class: impl Strategy<Value = Class> + 'static) -> impl Strategy<Value = 
         6 => prop::option::of(0..4_u8).prop_map(Act::Publish),
         4 => Just(Act::Look),
         6 => (1..4_usize).prop_map(Act::Read),
-        3 => Just(Act::Load),
+        3 => (1..2_000_usize).prop_map(Act::Load),
         8 => Just(Act::Send),
         8 => (any::<Index>(), class).prop_map(|(which, class)| Act::Answer(which, class)),
         3 => (0..5_000_u64).prop_map(Act::Pass),
@@ -171,11 +172,11 @@ impl Model {
         self.flow.read(Page { scanned, done: scanned == end, events }, &held());
     }
 
-    fn load(&mut self) {
+    fn load(&mut self, bytes: usize) {
         if !self.flow.has_due(self.now) {
             return;
         }
-        let asked = self.flow.load(1, self.now);
+        let asked = self.flow.load(bytes, self.now);
         let found = self.stored.rows.iter().map(|row| row.0).filter(|seq| asked.contains(seq));
         let found: Vec<Event> = found.map(|seq| self.event(seq)).collect();
         // What is on its way to the database is waited for: a row that is not there yet would count as discarded.
@@ -298,7 +299,7 @@ impl Model {
             Act::Publish(key) => self.log.push(*key),
             Act::Look => self.head = position(self.log.len() as i64),
             Act::Read(rows) => self.read(*rows),
-            Act::Load => self.load(),
+            Act::Load(bytes) => self.load(*bytes),
             Act::Send => self.send(),
             Act::Answer(..) if self.out.is_empty() => {}
             Act::Answer(which, class) => self.answer(which.index(self.out.len()), *class),
@@ -378,7 +379,7 @@ impl Model {
 
     fn round(&mut self, poison: &[u8]) {
         self.read(2);
-        self.load();
+        self.load(1);
         self.send();
         while !self.out.is_empty() {
             let key = self.log[self.out[0].event.seq as usize - 1];

@@ -52,6 +52,7 @@ pub struct Lanes {
     due: VecDeque<LaneName>,
     timers: BinaryHeap<Timer>,
     timers_made: u64,
+    taken: u64,
 }
 
 impl Lanes {
@@ -175,7 +176,9 @@ impl Lanes {
         let at = self.ready.iter().position(|name| self.is_ready(name) && admits(name))?;
         let name = self.ready.remove(at)?;
         let lane = self.lanes.get_mut(&name)?;
-        let head = lane.front.pop_front()?;
+        let mut head = lane.front.pop_front()?;
+        self.taken += 1;
+        head.turn = self.taken;
         lane.out += 1;
         if lane.may_follow(self.depth) {
             self.ready.push_back(name);
@@ -203,8 +206,7 @@ impl Lanes {
             return None;
         }
         let mut returned = std::mem::take(&mut lane.returned);
-        // In the order of the log, which is not that of the numbers: an event of a later window can have a lower one.
-        returned.sort_unstable_by_key(|returned| Reverse(returned.delivery.place));
+        returned.sort_unstable_by_key(|returned| Reverse(returned.delivery.turn));
         let first = returned.pop_if(|first| first.outcome.class != Class::Withdrawn);
         for Returned { delivery, .. } in returned {
             lane.front.push_front(delivery);

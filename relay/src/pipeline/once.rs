@@ -6,7 +6,7 @@
 //! differ when a relay begins, Kafka knows better, as long as it speaks of a window that PostgreSQL knows. What Kafka refuses
 //! is a dead letter before the others of its batch go on without it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,8 +32,11 @@ use crate::source::mark::Mark;
 use crate::source::pages::{PageRequest, Resumed, StoredCursor};
 use crate::source::settlement::{Attempt, Leave, Parked, Settlement};
 
-/// Events of a transaction at the most, and their bytes, about.
+/// Events of a transaction at the most.
 const BATCH_EVENTS: i32 = 10_000;
+/// While each record is a request of its own.
+const SINGLE_EVENTS: i32 = 200;
+/// Their bytes, about.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// Parked events of a transaction at the most.
 const PARKED_AT_ONCE: usize = 100;
@@ -184,6 +187,8 @@ struct Once<'a> {
     is_used: bool,
     /// Events beyond the cursor that are settled in another way: the log still brings them.
     settled: BTreeSet<i64>,
+    /// Parked when it began: after the number of shards was changed the log can bring some of them once more.
+    known: HashSet<i64>,
     /// The end of the last one, while it is being delivered.
     open: Option<Arc<Mark>>,
     parked: Vec<Parked>,
@@ -211,8 +216,8 @@ impl<'a> Once<'a> {
         let done = reconcile(&mut cursor, position, epoch, &pipeline.name);
         let windows = cursor.windows.clone();
         let open = cursor.target.clone().filter(|_| !windows.is_empty());
-        let mut settled: BTreeSet<i64> = std::mem::take(&mut cursor.ahead).into_iter().collect();
-        settled.extend(parked.iter().map(|row| row.seq));
+        let settled: BTreeSet<i64> = std::mem::take(&mut cursor.ahead).into_iter().collect();
+        let known = parked.iter().map(|row| row.seq).collect();
         let (reader, progress) = Reader::new(cursor, Ahead::delivered([]), eras)
             .map_err(|error| Ended::again(error.to_string()))?;
         let (done, parked): (Vec<Parked>, Vec<Parked>) =
@@ -226,6 +231,7 @@ impl<'a> Once<'a> {
             windows,
             is_used: true,
             settled,
+            known,
             open,
             parked,
             committed: 0,
@@ -235,8 +241,15 @@ impl<'a> Once<'a> {
     }
 
     async fn deliver(&mut self) -> Result<Infallible, Ended> {
-        for rows in std::mem::take(&mut self.parked).chunks(PARKED_AT_ONCE) {
-            let seqs: Vec<i64> = rows.iter().map(|row| row.seq).collect();
+        let mut parked = std::mem::take(&mut self.parked).into_iter().peekable();
+        while let Some(first) = parked.next() {
+            let (mut seqs, mut bytes) = (vec![first.seq], first.bytes);
+            while seqs.len() < PARKED_AT_ONCE
+                && let Some(next) = parked.next_if(|next| bytes + next.bytes <= BATCH_BYTES)
+            {
+                seqs.push(next.seq);
+                bytes += next.bytes;
+            }
             self.deliver_parked(&seqs).await?;
         }
         let mut next: Option<Reading> = None;
@@ -254,11 +267,10 @@ impl<'a> Once<'a> {
             let held = self.pipeline.share.hold(room, bytes);
             let from = self.progress.frontier().position;
             let (mut tickets, mut events) = (Vec::new(), Vec::new());
-            let mut met = Vec::new();
+            let seqs: Vec<i64> = page.events.iter().map(|event| event.seq).collect();
             for event in page.events {
                 let Some(ticket) = self.progress.push(event.seq, LaneName::Own(event.seq)) else { continue };
-                if self.settled.contains(&event.seq) {
-                    met.push(event.seq);
+                if self.settled.contains(&event.seq) || self.known.contains(&event.seq) {
                     self.progress.ack(ticket);
                 } else {
                     tickets.push(ticket);
@@ -278,7 +290,10 @@ impl<'a> Once<'a> {
             self.write(tickets, events).await?;
             drop(held);
             self.progress.advance(&mut Vec::new());
-            self.settled.retain(|seq| !met.contains(seq));
+            // The cursor is past them.
+            for seq in seqs {
+                self.settled.remove(&seq);
+            }
             if page.done {
                 self.open = None;
             }
@@ -311,7 +326,8 @@ impl<'a> Once<'a> {
         let room = self.pipeline.share.room(BATCH_BYTES)?;
         let max_bytes = i32::try_from(room.bytes()).unwrap_or(i32::MAX);
         let (from, to, after) = (piece.from.clone(), piece.to.clone(), piece.after);
-        let request = PageRequest { from, to, after, max_rows: BATCH_EVENTS, max_bytes };
+        let max_rows = if self.is_single { SINGLE_EVENTS } else { BATCH_EVENTS };
+        let request = PageRequest { from, to, after, max_rows, max_bytes };
         let (pages, wanted) = (self.pipeline.pages.clone(), self.pipeline.wanted.clone());
         let page = tokio::spawn(async move { pages.read(&request, &wanted).await });
         Some(Reading { piece, room, page })
@@ -368,7 +384,15 @@ impl<'a> Once<'a> {
 
     async fn deliver_parked(&mut self, seqs: &[i64]) -> Result<(), Ended> {
         // Those that are missing have been discarded.
-        let (events, _) = self.pipeline.pages.parked_events(self.pipeline.wanted.unit, seqs).await?;
+        let room = loop {
+            leased(self.pipeline).await?;
+            match self.pipeline.share.room_in_any_case(BATCH_BYTES) {
+                Some(room) => break room,
+                None => tokio::time::sleep(ROOM_AGAIN).await,
+            }
+        };
+        let (events, bytes) = self.pipeline.pages.parked_events(self.pipeline.wanted.unit, seqs).await?;
+        let _held = self.pipeline.share.hold(room, bytes);
         let mut events = Arc::new(events);
         while !events.is_empty() {
             let done: Vec<i64> = events.iter().map(|event| event.seq).collect();

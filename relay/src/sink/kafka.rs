@@ -78,6 +78,14 @@ impl KafkaSink {
         let record = cloudevents_kafka::record(event, self.format, &self.source, &self.headers);
         let record = record
             .map_err(|unsendable| Outcome::without_answer(Class::Unsendable, unsendable.to_string()))?;
+        let room = self.cluster.settings().queue_bytes();
+        if record.size > room {
+            let error = format!(
+                "a record of {} bytes; queue.buffering.max.kbytes makes room for {room}",
+                record.size
+            );
+            return Err(Outcome::without_answer(Class::Unsendable, error));
+        }
         if record.size > limits.message_bytes && !self.cluster.settings().compresses() {
             let (size, most) = (record.size, limits.message_bytes);
             let error = format!("a record of {size} bytes; topic {topic} has max.message.bytes = {most}");
@@ -172,7 +180,8 @@ impl<T: AsRef<Event> + Send + 'static> KafkaSender<T> {
 
     /// Whether another one may be handed over.
     pub fn has_room(&self) -> bool {
-        self.next.is_none()
+        // What has ended is told before anything of its key follows.
+        self.next.is_none() && self.ended.is_empty()
     }
 
     /// Hands one over.
