@@ -18,8 +18,8 @@ use rdkafka::producer::{BaseRecord, NoCustomPartitioner, Producer as _, Producer
 use tokio_postgres::NoTls;
 use uuid::Uuid;
 
-/// Records of a transaction.
-const TRANSACTION: usize = 5_000;
+/// Records of a transaction: as many as the relay's have at the most.
+const TRANSACTION: usize = 10_000;
 /// So many rows are held in memory and produced again and again: more than a batch has.
 const HELD: usize = 10_000;
 /// For an answer of the broker.
@@ -36,7 +36,7 @@ const COPY_HEADER_BYTES: usize = 19;
 pub enum Commit {
     /// Each by itself.
     Each,
-    /// Five thousand in a transaction.
+    /// Ten thousand in a transaction, as many as the relay at the most.
     Transactions,
 }
 

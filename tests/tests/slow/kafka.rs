@@ -161,6 +161,34 @@ async fn a_record_that_is_too_large_dies_and_its_innocent_neighbours_arrive_in_o
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_record_that_no_queue_has_room_for_is_told_of_and_blocks_its_key_alone_where_that_was_asked_for() {
+    let broker = Broker::for_topics().await;
+    for once in [false, true] {
+        let (cluster, client) = shop().await;
+        let topic = unique_topic("queue");
+        broker.create_topic(&topic, 1, &[]).await;
+        let options = if once { r#"{"delivery": "exactly-once"}"# } else { r#"{"on_dead": "block"}"# };
+        subscribe(&client, "s", "t", &format!("kafka://main/{topic}"), options).await;
+        publish(&client, "t", 1, 100, 5).await;
+        let large = "SELECT dtm.publish('t', to_jsonb(repeat('x', 300000)), key => 'k1')";
+        client.execute(large, &[]).await.expect("publish");
+        publish(&client, "t", 101, 200, 5).await;
+        let more = "queue.buffering.max.kbytes = 200";
+        let _relay = Relay::start_configured(&configured(&cluster, "shop", &broker.bootstrap(), more));
+        let log = Log::of(&broker.bootstrap(), &[&topic], Isolation::Committed);
+        wait(&client, "SELECT count(*) FROM dtm.dead_letters", |count| count == 1).await;
+        let sql = "SELECT last_error FROM dtm.dead_letters";
+        let error: String = client.query_one(sql, &[]).await.expect("a dead letter").get(0);
+        assert!(error.contains("queue.buffering.max.kbytes"), "{error}");
+        let is_blocked = |n: &i32| !once && n % 5 == 1 && *n > 100;
+        let expected: Vec<i32> = (1..=200).filter(|n| !is_blocked(n)).collect();
+        let mut found = values(&log.wait_for(expected.len()).await);
+        found.sort_unstable();
+        assert_eq!(found, expected, "exactly once: {once}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_record_that_the_broker_refuses_dies_and_those_of_its_batch_and_of_other_subscriptions_arrive_in_order()
  {
     let broker = Broker::for_topics().await;
