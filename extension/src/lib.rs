@@ -2,12 +2,14 @@
 //! The extension `pg_dtm`: what has to be fast, or close to PostgreSQL, in Rust; everything else is SQL in `sql/`.
 //!
 //! * [`publish`] checks what a user publishes ([`event`]) and appends it ([`log::append`]).
+//! * [`barrier`] says whether a branch's work is to be done.
 //! * [`log`] is the log itself: its tables, appending, positions, and reading by windows.
 //! * [`relay`] are the functions that a relay calls, [`wake`] what ends its waiting.
 
 #[cfg(not(panic = "unwind"))]
 compile_error!("PostgreSQL errors unwind through Rust frames: build with panic = \"unwind\"");
 
+mod barrier;
 mod event;
 mod id;
 mod log;

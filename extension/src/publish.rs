@@ -59,7 +59,11 @@ struct Shared {
     now: pg_sys::TimestampTz,
 }
 
-unsafe fn argument(fcinfo: FunctionCallInfo, at: usize) -> Option<pg_sys::Datum> {
+/// An argument of a function; `None`: null.
+///
+/// # Safety
+/// The function is declared with so many.
+pub(crate) unsafe fn argument(fcinfo: FunctionCallInfo, at: usize) -> Option<pg_sys::Datum> {
     // SAFETY: the caller passes an index that the function was declared with.
     unsafe {
         let argument = (*fcinfo).args.as_slice((*fcinfo).nargs as usize)[at];

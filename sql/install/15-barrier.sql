@@ -147,60 +147,10 @@ $adopt$;
 SELECT pg_catalog.pg_extension_config_dump('dtm_barrier.barrier', '');
 SELECT pg_catalog.pg_extension_config_dump('dtm_barrier.barrier_seq', '');
 
--- Refuses what cannot be the name of a branch.
-CREATE FUNCTION dtm.check_barrier(trans_type text, gid text, branch_id text, op text, barrier_id text) RETURNS void
-LANGUAGE plpgsql STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    IF (length(trans_type) BETWEEN 1 AND 45 AND length(gid) BETWEEN 1 AND 128 AND length(branch_id) BETWEEN 1 AND 128
-        AND length(op) BETWEEN 1 AND 45 AND length(barrier_id) BETWEEN 1 AND 45) IS NOT TRUE THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'invalid_parameter_value',
-            MESSAGE = 'a barrier needs trans_type, gid, branch_id, op and barrier_id',
-            DETAIL = format('They are %s, %s, %s, %s and %s.', coalesce(quote_literal(left(trans_type, 150)), 'null'),
-                            coalesce(quote_literal(left(gid, 150)), 'null'), coalesce(quote_literal(left(branch_id, 150)), 'null'),
-                            coalesce(quote_literal(left(op, 150)), 'null'), coalesce(quote_literal(left(barrier_id, 150)), 'null')),
-            HINT = 'Pass them as they come with the call, in the query of its URL; gid and branch_id have 128 characters at the '
-                   'most, the others 45.';
-    END IF;
-END
-$$;
-
--- To be called first in the transaction that does a branch's work. SECURITY DEFINER: services need no rights on the table.
--- Compensations look whether what they compensate was done: if not, they take its place, so that it never is.
+-- To be called first in the transaction that does a branch's work. SECURITY DEFINER: services need no rights on the table; it
+-- looks nothing up by the caller's search_path.
 CREATE FUNCTION dtm.barrier(trans_type text, gid text, branch_id text, op text, barrier_id text DEFAULT '01') RETURNS boolean
-LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    is_called_for boolean := true;
-BEGIN
-    -- One expression for what every call passes: each costs about as much as a tenth of the INSERT.
-    IF (trans_type <> '' AND gid <> '' AND branch_id <> '' AND op <> '' AND barrier_id <> ''
-        AND length(trans_type) <= 45 AND length(gid) <= 128 AND length(branch_id) <= 128 AND length(op) <= 45
-        AND length(barrier_id) <= 45 AND op NOT IN ('cancel', 'compensate', 'rollback')) IS NOT TRUE
-    THEN
-        PERFORM dtm.check_barrier(trans_type, gid, branch_id, op, barrier_id);
-        INSERT INTO dtm_barrier.barrier (trans_type, gid, branch_id, op, barrier_id, reason)
-        VALUES (barrier.trans_type, barrier.gid, barrier.branch_id, CASE barrier.op WHEN 'cancel' THEN 'try' ELSE 'action' END,
-                barrier.barrier_id, barrier.op)
-        ON CONFLICT ON CONSTRAINT uniq_barrier DO NOTHING;
-        is_called_for := NOT FOUND;
-    END IF;
-    INSERT INTO dtm_barrier.barrier (trans_type, gid, branch_id, op, barrier_id, reason)
-    VALUES (barrier.trans_type, barrier.gid, barrier.branch_id, barrier.op, barrier.barrier_id, barrier.op)
-    ON CONFLICT ON CONSTRAINT uniq_barrier DO NOTHING;
-    IF FOUND THEN
-        RETURN is_called_for;
-    END IF;
-    IF op = 'msg' THEN
-        -- False, and a commit, would look like success.
-        RAISE EXCEPTION USING
-            ERRCODE = 'unique_violation',
-            MESSAGE = format('message %s is decided already', gid),
-            DETAIL = 'It was committed before, or somebody asked, was told that it is not committed, and will abort it.',
-            HINT = 'Roll back. dtm.query_prepared says which of the two it was.';
-    END IF;
-    RETURN false;
-END
-$$;
+LANGUAGE c VOLATILE PARALLEL UNSAFE SECURITY DEFINER AS 'MODULE_PATHNAME', 'barrier_wrapper';
 
 COMMENT ON FUNCTION dtm.barrier(text, text, text, text, text) IS
     'True: do the branch''s work in this transaction. False: it is done already or must not be done; commit and answer success.';

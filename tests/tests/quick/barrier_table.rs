@@ -148,10 +148,17 @@ async fn a_dump_has_the_barriers_whoever_made_the_table_and_detached_it_outlives
                   ALTER EXTENSION pg_dtm DROP SEQUENCE dtm_barrier.barrier_seq;
                   ALTER EXTENSION pg_dtm DROP SCHEMA dtm_barrier;
                   DROP EXTENSION pg_dtm";
+    let calls = "SELECT count(*) FROM (SELECT dtm.barrier('tcc', 'g', '01', 'try') AS new) c WHERE new";
     for client in [&admin, &made] {
+        assert_eq!(count(client, calls).await, 0);
         client.batch_execute(detach).await.expect("detach");
         assert_eq!(count(client, "SELECT count(*) FROM dtm_barrier.barrier").await, 1);
         client.batch_execute("CREATE EXTENSION pg_dtm").await.expect("CREATE EXTENSION again");
-        assert_eq!(count(client, "SELECT count(*) FROM dtm_barrier.barrier").await, 1);
+        assert_eq!(count(client, calls).await, 0, "also in a session that called it before");
+        client
+            .batch_execute("DROP EXTENSION pg_dtm; CREATE EXTENSION pg_dtm")
+            .await
+            .expect("a table of its own");
+        assert_eq!(count(client, calls).await, 1, "also in a session that knew another table");
     }
 }
