@@ -63,6 +63,9 @@ const OURS: [(&[&str], &str); 10] = [
     (&["delivery.report.only.error", "plugin.library.paths"], "the relay could not tell what was delivered"),
 ];
 
+/// Where the cluster is.
+const SERVERS: [&str; 2] = ["bootstrap.servers", "metadata.broker.list"];
+
 /// Properties whose values are secret: they name one, as `secret:NAME`.
 const SECRET: [&str; 8] = [
     "sasl.oauthbearer.assertion.private.key.passphrase",
@@ -97,6 +100,9 @@ impl ClusterSettings {
             if let Some((_, why)) = OURS.iter().find(|(names, _)| names.contains(&name.as_str())) {
                 return wrong(&format!("it is the relay's to set: {why}"));
             }
+            if SERVERS.contains(&name.as_str()) && value.starts_with("secret:") {
+                return wrong("it is told in logs and by check: it cannot be a secret");
+            }
             if let Some(secret) = value.strip_prefix("secret:") {
                 match secrets.get(secret) {
                     Some(secret) => {
@@ -109,7 +115,7 @@ impl ClusterSettings {
                 return wrong("a secret does not stand here: name one, \"secret:NAME\", of a [secret.NAME]");
             }
         }
-        if !properties.contains_key("bootstrap.servers") && !properties.contains_key("metadata.broker.list") {
+        if !SERVERS.iter().any(|name| properties.contains_key(*name)) {
             return Err(("bootstrap.servers".into(), "it is missing".into()));
         }
         let settings = ClusterSettings { properties };
@@ -174,8 +180,7 @@ impl ClusterSettings {
 
     /// Where the cluster is.
     pub fn servers(&self) -> &str {
-        let set =
-            ["bootstrap.servers", "metadata.broker.list"].iter().find_map(|name| self.properties.get(*name));
+        let set = SERVERS.iter().find_map(|name| self.properties.get(*name));
         set.map_or("", String::as_str)
     }
 }
@@ -271,6 +276,7 @@ mod tests {
             ("bootstrap.servers = \"a:1\"\nlingr.ms = 5", "lingr.ms"),
             ("bootstrap.servers = \"a:1\"\nlinger.ms = \"soon\"", "linger.ms"),
             ("bootstrap.servers = [\"a:1\"]", "bootstrap.servers"),
+            ("bootstrap.servers = \"secret:kafka\"", "bootstrap.servers"),
         ] {
             assert_eq!(read(toml).unwrap_err().0, key, "{toml}");
         }

@@ -6,11 +6,9 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytestring::ByteString;
 use dtm_core::options::{OnDead, Options, Ordering, Retry};
 use dtm_core::page::{Event, Page};
 use tokio::time::Instant;
-use uuid::Uuid;
 
 use super::budget::Held;
 use super::delivery::{Delivery, LaneName, Place, Row};
@@ -18,6 +16,7 @@ use super::lane::{Charges, Returned, Unloaded};
 use super::lanes::Lanes;
 use super::reader::{FlowProgress, Piece, Reader, UnknownEra};
 use super::straight::Straight;
+use super::verdict::{Judged, Verdict};
 use super::windows::{Ahead, Frontier, Progress};
 use crate::calls::circuit::Circuit;
 use crate::calls::outcome::{Class, Outcome};
@@ -43,34 +42,6 @@ pub struct ParkingBounds {
     pub events: usize,
     /// Bytes, in all.
     pub bytes: usize,
-}
-
-/// An attempt that failed, and what follows.
-#[derive(Debug)]
-pub struct Judged {
-    /// The event's.
-    pub id: Uuid,
-    /// The event's.
-    pub topic: ByteString,
-    /// What came of it.
-    pub outcome: Outcome,
-    /// What follows.
-    pub verdict: Verdict,
-}
-
-/// What follows from a failed attempt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// It goes again, not before this time.
-    Again(Instant),
-    /// The endpoint is to blame: the event goes again when that works.
-    Waits,
-    /// The endpoint is to blame, and with this attempt it counts as down.
-    Down,
-    /// There are no more attempts.
-    Dead,
-    /// The endpoint is gone for good.
-    Gone,
 }
 
 /// The state of a pipeline.

@@ -14,8 +14,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::budget::{Room, Share};
 use super::delivery::Delivery;
-use super::flow::{Flow, Judged, ParkingBounds, Verdict};
+use super::flow::{Flow, ParkingBounds};
 use super::once;
+use super::verdict::{Judged, Verdict};
 use super::windows::Frontier;
 use crate::calls::outcome::Outcome;
 use crate::sink::Sink;
