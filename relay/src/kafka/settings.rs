@@ -82,6 +82,8 @@ const SECRET: [&str; 8] = [
 #[derive(Clone)]
 pub struct ClusterSettings {
     properties: BTreeMap<String, String>,
+    batch_bytes: usize,
+    queue_bytes: usize,
 }
 
 impl fmt::Debug for ClusterSettings {
@@ -118,7 +120,13 @@ impl ClusterSettings {
         if !SERVERS.iter().any(|name| properties.contains_key(*name)) {
             return Err(("bootstrap.servers".into(), "it is missing".into()));
         }
-        let settings = ClusterSettings { properties };
+        let batch = properties.get("batch.size").and_then(|text| text.parse().ok());
+        let queue: &str = properties.get(QUEUE).map_or(QUEUE_KILOBYTES, String::as_str);
+        let settings = ClusterSettings {
+            batch_bytes: batch.unwrap_or(1_000_000),
+            queue_bytes: queue.parse().map_or(usize::MAX, |kilobytes: usize| kilobytes.saturating_mul(1024)),
+            properties,
+        };
         // It says which property it does not know or take; it may repeat a value that is no secret.
         for (name, value) in &settings.properties {
             let mut one = ClientConfig::new();
@@ -162,13 +170,12 @@ impl ClusterSettings {
 
     /// The most bytes that a batch has, whatever the topic takes.
     pub fn batch_bytes(&self) -> usize {
-        self.properties.get("batch.size").and_then(|text| text.parse().ok()).unwrap_or(1_000_000)
+        self.batch_bytes
     }
 
     /// The most bytes of records that a producer takes; a record that is larger never finds room.
     pub fn queue_bytes(&self) -> usize {
-        let set = self.properties.get(QUEUE).map_or(QUEUE_KILOBYTES, String::as_str);
-        set.parse().map_or(usize::MAX, |kilobytes: usize| kilobytes.saturating_mul(1024))
+        self.queue_bytes
     }
 
     /// Whether records are compressed: then it is not known before how large a batch is to the broker.

@@ -29,8 +29,8 @@ impl LaneName {
     }
 }
 
-/// Where an event stands until it is settled: the one before the other, as they go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// Where an event stands until it is settled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// In dtm.retry: the cursor is past it.
     Row,
@@ -49,7 +49,7 @@ pub struct Delivery {
     pub place: Place,
     /// How many attempts were charged to it before it was read from dtm.retry.
     pub attempts: u32,
-    /// Which one it was to go, of all: among those of a lane that are on their way their order.
+    /// The how-manieth attempt of the pipeline it is: the order of those that are on their way.
     pub turn: u64,
     /// The memory that it is a part of.
     pub held: Arc<Held>,

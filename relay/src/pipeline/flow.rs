@@ -60,6 +60,8 @@ pub struct Flow {
     bounds: ParkingBounds,
     parked: ParkingBounds,
     in_flight: usize,
+    /// Attempts so far.
+    sent: u64,
     /// Deliveries so far.
     successes: u64,
     /// Parked when the pipeline began: after the number of shards was changed the log can bring some of them once more.
@@ -110,6 +112,7 @@ impl Flow {
             bounds,
             parked: ParkingBounds { events: 0, bytes: 0 },
             in_flight: 0,
+            sent: 0,
             successes: 0,
             known: parked.iter().map(|parked| parked.seq).collect(),
             suspects: HashSet::new(),
@@ -266,10 +269,12 @@ impl Flow {
         self.lanes.wake(now);
         self.pace.free(self.in_flight, now).ok()?;
         let (circuit, in_flight) = (&self.circuit, self.in_flight);
-        let delivery = match self.straight.is_on() {
+        let mut delivery = match self.straight.is_on() {
             true => self.straight.next()?,
             false => self.lanes.take(|lane| circuit.admits(lane, in_flight, now))?,
         };
+        self.sent += 1;
+        delivery.turn = self.sent;
         self.in_flight += 1;
         self.pace.made(now);
         Some(delivery)

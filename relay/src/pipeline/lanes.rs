@@ -52,7 +52,6 @@ pub struct Lanes {
     due: VecDeque<LaneName>,
     timers: BinaryHeap<Timer>,
     timers_made: u64,
-    taken: u64,
 }
 
 impl Lanes {
@@ -176,9 +175,7 @@ impl Lanes {
         let at = self.ready.iter().position(|name| self.is_ready(name) && admits(name))?;
         let name = self.ready.remove(at)?;
         let lane = self.lanes.get_mut(&name)?;
-        let mut head = lane.front.pop_front()?;
-        self.taken += 1;
-        head.turn = self.taken;
+        let head = lane.front.pop_front()?;
         lane.out += 1;
         if lane.may_follow(self.depth) {
             self.ready.push_back(name);

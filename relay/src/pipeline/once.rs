@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dtm_core::page::{Event, Page};
-use tokio::task::JoinHandle;
+use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -78,7 +78,7 @@ impl Ended {
 struct Reading {
     piece: Piece,
     room: Room,
-    page: JoinHandle<Result<(Page, usize), SourceError>>,
+    page: BoxFuture<'static, Result<(Page, usize), SourceError>>,
 }
 
 /// Delivers until the pipeline is asked to stop or is fenced. An error is one of the database connection.
@@ -303,20 +303,16 @@ impl<'a> Once<'a> {
         let (from, to, after) = (piece.from.clone(), piece.to.clone(), piece.after);
         let max_rows = if self.is_single { SINGLE_EVENTS } else { BATCH_EVENTS };
         let request = PageRequest { from, to, after, max_rows, max_bytes };
-        let (pages, wanted) = (self.pipeline.pages.clone(), self.pipeline.wanted.clone());
-        let page = tokio::spawn(async move { pages.read(&request, &wanted).await });
+        let page = self.pipeline.pages.read(request, &self.pipeline.wanted);
         Some(Reading { piece, room, page })
     }
 
     async fn read(
         &mut self,
-        page: JoinHandle<Result<(Page, usize), SourceError>>,
+        page: BoxFuture<'static, Result<(Page, usize), SourceError>>,
     ) -> Result<(Page, usize), Ended> {
         tokio::select! {
-            read = page => match read {
-                Ok(read) => Ok(read?),
-                Err(error) => Err(Ended::Source(SourceError::Unreachable(format!("reading a page failed: {error}")))),
-            },
+            read = page => Ok(read?),
             () = self.pipeline.drain.cancelled() => Err(self.stopped().await),
             () = self.pipeline.owner.fenced.cancelled() => Err(Ended::Stopped),
         }

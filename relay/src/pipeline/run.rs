@@ -10,7 +10,6 @@ use futures_util::future::{BoxFuture, FutureExt as _, OptionFuture};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 
 use super::budget::{Room, Share};
 use super::delivery::Delivery;
@@ -301,15 +300,7 @@ impl Pipeline {
             let max_bytes = i32::try_from(room.bytes()).unwrap_or(i32::MAX);
             let (from, to, after) = (piece.from, piece.to, piece.after);
             let request = PageRequest { from, to, after, max_rows, max_bytes };
-            let (pages, wanted) = (self.pages.clone(), self.wanted.clone());
-            // A task of its own: the database works while what was read before is being sent.
-            let page = tokio::spawn(async move { pages.read(&request, &wanted).await });
-            let read = AbortOnDropHandle::new(page).map(|read| {
-                read.unwrap_or_else(|error| {
-                    Err(SourceError::Unreachable(format!("reading a page failed: {error}")))
-                })
-            });
-            return Some(Reading { read: read.boxed(), room });
+            return Some(Reading { read: self.pages.read(request, &self.wanted), room });
         }
     }
 

@@ -63,7 +63,7 @@ impl Straight {
     pub fn end(&mut self) -> impl Iterator<Item = Delivery> + use<> {
         self.is_on = false;
         let mut back = std::mem::take(&mut self.back);
-        back.sort_unstable_by_key(|delivery| delivery.place);
+        back.sort_unstable_by_key(|delivery| delivery.turn);
         back.into_iter().chain(std::mem::take(&mut self.waiting))
     }
 }

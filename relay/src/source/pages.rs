@@ -6,9 +6,12 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use dtm_core::page::{Event, Page};
+use futures_util::future::{BoxFuture, FutureExt as _};
 use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::task::JoinError;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Row, Statement};
+use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::cursors::Owner;
@@ -163,10 +166,20 @@ impl Pages {
         Ok(Some(Resumed { cursor, eras, parked: rows.iter().map(parked).collect() }))
     }
 
-    /// Reads a page. Answers how many bytes of memory its events share, too.
-    pub async fn read(&self, request: &PageRequest, wanted: &Wanted) -> Result<(Page, usize), SourceError> {
-        let reader = self.take().await?;
-        read_page(&reader.link, &reader.page, request, wanted).await
+    /// Reads a page, also while nobody waits for it: the database works while what was read before is being sent. Answers how
+    /// many bytes of memory its events share, too.
+    pub fn read(
+        self: &Arc<Self>,
+        request: PageRequest,
+        wanted: &Arc<Wanted>,
+    ) -> BoxFuture<'static, Result<(Page, usize), SourceError>> {
+        let (this, wanted) = (self.clone(), wanted.clone());
+        let task = tokio::spawn(async move {
+            let reader = this.take().await?;
+            read_page(&reader.link, &reader.page, &request, &wanted).await
+        });
+        let failed = |error: JoinError| SourceError::Unreachable(format!("reading a page failed: {error}"));
+        AbortOnDropHandle::new(task).map(move |read| read.unwrap_or_else(|error| Err(failed(error)))).boxed()
     }
 
     /// Reads parked events, those of them that are still there; and how many bytes of memory they share.

@@ -23,6 +23,9 @@ const DTM: &str = "
 const WRITE: &str = "INSERT INTO dtm_barrier.barrier (trans_type, gid, branch_id, op, barrier_id, reason)
     VALUES ('tcc', 'g', '01', 'try', '01', 'try') ON CONFLICT ON CONSTRAINT uniq_barrier DO NOTHING";
 
+/// How often the extension's barrier says that the same is new.
+const CALL: &str = "SELECT count(*) FROM (SELECT dtm.barrier('tcc', 'g', '01', 'try') AS new) c WHERE new";
+
 async fn code(client: &Client, sql: &str) -> String {
     match client.batch_execute(sql).await {
         Ok(()) => "done".to_owned(),
@@ -59,8 +62,7 @@ async fn dtms_table_is_taken_over_and_its_owner_goes_on_writing_and_can_change_n
     svc.batch_execute("GRANT ALL ON dtm_barrier.barrier TO other WITH GRANT OPTION").await.expect("GRANT");
     svc.batch_execute(WRITE).await.expect("a row");
     admin.batch_execute("CREATE EXTENSION pg_dtm").await.expect("CREATE EXTENSION");
-    let again = "SELECT count(*) FROM (SELECT dtm.barrier('tcc', 'g', '01', 'try') AS new) c WHERE new";
-    assert_eq!(count(&admin, again).await, 0, "the row counts");
+    assert_eq!(count(&admin, CALL).await, 0, "the row counts");
     svc.batch_execute(&WRITE.replace("'01', 'try', '01'", "'02', 'try', '01'"))
         .await
         .expect("a client of DTM's writes");
@@ -140,25 +142,23 @@ async fn a_dump_has_the_barriers_whoever_made_the_table_and_detached_it_outlives
         admin.batch_execute(&format!("CREATE DATABASE {restored}")).await.expect("CREATE DATABASE");
         cluster.psql(&restored, &dump);
         let restored = cluster.connect(&restored).await;
-        let done = "SELECT count(*) FROM (SELECT dtm.barrier('tcc', 'g', '01', 'try') AS new) c WHERE new";
-        assert_eq!(count(&restored, done).await, 0, "{name}");
-        assert_eq!(count(&restored, &done.replace("'g'", "'h'")).await, 1, "the sequence goes on: {name}");
+        assert_eq!(count(&restored, CALL).await, 0, "{name}");
+        assert_eq!(count(&restored, &CALL.replace("'g'", "'h'")).await, 1, "the sequence goes on: {name}");
     }
     let detach = "ALTER EXTENSION pg_dtm DROP TABLE dtm_barrier.barrier;
                   ALTER EXTENSION pg_dtm DROP SEQUENCE dtm_barrier.barrier_seq;
                   ALTER EXTENSION pg_dtm DROP SCHEMA dtm_barrier;
                   DROP EXTENSION pg_dtm";
-    let calls = "SELECT count(*) FROM (SELECT dtm.barrier('tcc', 'g', '01', 'try') AS new) c WHERE new";
     for client in [&admin, &made] {
-        assert_eq!(count(client, calls).await, 0);
+        assert_eq!(count(client, CALL).await, 0);
         client.batch_execute(detach).await.expect("detach");
         assert_eq!(count(client, "SELECT count(*) FROM dtm_barrier.barrier").await, 1);
         client.batch_execute("CREATE EXTENSION pg_dtm").await.expect("CREATE EXTENSION again");
-        assert_eq!(count(client, calls).await, 0, "also in a session that called it before");
+        assert_eq!(count(client, CALL).await, 0, "also in a session that called it before");
         client
             .batch_execute("DROP EXTENSION pg_dtm; CREATE EXTENSION pg_dtm")
             .await
             .expect("a table of its own");
-        assert_eq!(count(client, calls).await, 1, "also in a session that knew another table");
+        assert_eq!(count(client, CALL).await, 1, "also in a session that knew another table");
     }
 }
