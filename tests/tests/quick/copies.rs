@@ -24,11 +24,11 @@ async fn a_restored_dump_waits_to_be_resumed_and_then_goes_on_where_the_dump_sto
     let receiver = Receiver::start().await;
     client.execute("SELECT dtm.subscribe('s', 't', $1)", &[&receiver.url()]).await.expect("subscribe");
     let mut relay = Relay::start(&source.url("shop"));
-    client.execute("SELECT dtm.publish('t', '1')", &[]).await.expect("publish");
+    client.execute("SELECT dtm.publish('t', '1', key => 'k')", &[]).await.expect("publish");
     receiver.wait_for(1).await;
     assert!(relay.terminate().await.success());
     // Committed and not delivered when the dump is made; and one whose transaction is still open then.
-    client.execute("SELECT dtm.publish('t', '2')", &[]).await.expect("publish");
+    client.execute("SELECT dtm.publish('t', '2', key => 'k')", &[]).await.expect("publish");
     let open = source.connect("shop").await;
     open.batch_execute("BEGIN; SELECT dtm.publish('t', '99')").await.expect("publish");
     let dump = process::run(Command::new(bin_dir().join("pg_dump")).args(["-d", &source.url("shop")]));
@@ -38,7 +38,7 @@ async fn a_restored_dump_waits_to_be_resumed_and_then_goes_on_where_the_dump_sto
     admin.batch_execute("CREATE DATABASE shop").await.expect("a database");
     target.psql("shop", &dump);
     let restored = target.connect("shop").await;
-    restored.execute("SELECT dtm.publish('t', '3')", &[]).await.expect("publish");
+    restored.execute("SELECT dtm.publish('t', '3', key => 'k')", &[]).await.expect("publish");
     let mut relay = Relay::start(&target.url("shop"));
     relay.wait_for_log("connected to").await;
     let sql = "SELECT state, reason FROM dtm.subscriptions";
@@ -50,7 +50,7 @@ async fn a_restored_dump_waits_to_be_resumed_and_then_goes_on_where_the_dump_sto
     assert_eq!(receiver.count(), 1, "a restored database calls nobody unasked");
     restored.execute("SELECT dtm.resume('s')", &[]).await.expect("resume");
     receiver.wait_for(3).await;
-    restored.execute("SELECT dtm.publish('t', '4')", &[]).await.expect("publish");
+    restored.execute("SELECT dtm.publish('t', '4', key => 'k')", &[]).await.expect("publish");
     receiver.wait_until("the last", Duration::from_secs(30), |received| received.len() >= 4).await;
     assert!(relay.terminate().await.success());
     let bodies: Vec<_> = receiver.received().iter().map(|request| request.body.clone()).collect();
