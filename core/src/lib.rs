@@ -15,6 +15,7 @@ pub mod position;
 pub mod shard;
 pub mod topic;
 pub mod topic_template;
+pub mod transaction;
 pub mod window;
 
 /// The protocol that this build speaks between relay and extension: the SQL functions that the relay calls, the page

@@ -357,7 +357,7 @@ fn retry(object: &Map<String, Value>) -> Result<Retry, OptionError> {
     Ok(Retry::Exponential { base, cap, attempts })
 }
 
-fn headers(value: &Value) -> Option<BTreeMap<String, HeaderSource>> {
+pub(crate) fn headers(value: &Value) -> Option<BTreeMap<String, HeaderSource>> {
     let object = value.as_object().filter(|object| object.len() <= HEADERS_MAX)?;
     let mut found = BTreeMap::new();
     for (name, value) in object {

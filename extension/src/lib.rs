@@ -2,6 +2,7 @@
 //! The extension `pg_dtm`: what has to be fast, or close to PostgreSQL, in Rust; everything else is SQL in `sql/`.
 //!
 //! * [`publish`] checks what a user publishes ([`event`]) and appends it ([`log::append`]).
+//! * [`transaction`] checks what a global transaction is asked to do.
 //! * [`barrier`] says whether a branch's work is to be done.
 //! * [`log`] is the log itself: its tables, appending, positions, and reading by windows.
 //! * [`relay`] are the functions that a relay calls, [`wake`] what ends its waiting.
@@ -18,6 +19,7 @@ mod refusal;
 mod relay;
 mod settings;
 mod subscribe;
+mod transaction;
 mod varlena;
 mod wake;
 

@@ -11,6 +11,7 @@ static SOURCE: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(
 static RETENTION_S: GucSetting<f64> = GucSetting::<f64>::new(3.0 * 86_400.0);
 static RECEIPTS_KEPT_S: GucSetting<f64> = GucSetting::<f64>::new(30.0 * 86_400.0);
 static BARRIERS_KEPT_S: GucSetting<f64> = GucSetting::<f64>::new(30.0 * 86_400.0);
+static TRANSACTIONS_KEPT_S: GucSetting<f64> = GucSetting::<f64>::new(7.0 * 86_400.0);
 
 const MAX_PAYLOAD_CEILING: i32 = 256 * 1024 * 1024;
 const HUNDRED_YEARS_S: f64 = 100.0 * 365.25 * 86_400.0;
@@ -65,6 +66,16 @@ pub fn define() {
         GucContext::Suset,
         GucFlags::UNIT_S,
     );
+    GucRegistry::define_float_guc(
+        c"dtm.transactions_kept",
+        c"How long global transactions are kept after their end.",
+        c"A gid that is used again later than this is taken for a new one.",
+        &TRANSACTIONS_KEPT_S,
+        1.0,
+        HUNDRED_YEARS_S,
+        GucContext::Suset,
+        GucFlags::UNIT_S,
+    );
     // SAFETY: called once per process, from _PG_init, with a static string.
     unsafe { pg_sys::MarkGUCPrefixReserved(c"dtm".as_ptr()) };
 }
@@ -91,6 +102,11 @@ fn receipts_kept() -> Interval {
 #[pg_extern]
 fn barriers_kept() -> Interval {
     seconds(BARRIERS_KEPT_S.get())
+}
+
+#[pg_extern]
+fn transactions_kept() -> Interval {
+    seconds(TRANSACTIONS_KEPT_S.get())
 }
 
 #[pg_extern]

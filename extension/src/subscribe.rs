@@ -3,7 +3,7 @@
 
 use dtm_core::destination::{Destination, DestinationError, SCHEMES};
 use dtm_core::options::{OPTIONS, OnLag, Options};
-use dtm_core::topic::Pattern;
+use dtm_core::topic::{Pattern, RESERVED_SEGMENT};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
@@ -33,11 +33,12 @@ fn shown(argument: Option<&str>) -> String {
 fn check_name(given: Option<&str>) -> Result<(), Refusal> {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
     let name = given.unwrap_or_default();
-    if !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.bytes().all(allowed) {
+    let reserved = name.split('.').next() == Some(RESERVED_SEGMENT);
+    if !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.bytes().all(allowed) && !reserved {
         return Ok(());
     }
     let detail = format!("The name is {}.", shown(given));
-    let hint = "A name has 1 to 128 letters, digits, \"_\", \"-\" and \".\".";
+    let hint = "A name has 1 to 128 letters, digits, \"_\", \"-\" and \".\"; those that begin with dtm. are reserved.";
     Err(Refusal::argument("malformed name of a subscription", detail, hint))
 }
 

@@ -6,12 +6,15 @@ use std::sync::Arc;
 
 use dtm_core::destination::Destination;
 use dtm_core::options::Options;
+use dtm_core::transaction::COORDINATOR;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, error, info};
 
+use crate::coordinator::Coordinator;
+use crate::coordinator::due::Shards;
 use crate::pipeline::budget::{Budget, Share};
 use crate::pipeline::run::{Bounds, Pipeline, TELL_EVERY};
 use crate::sink::{Outlets, Sink};
@@ -40,6 +43,10 @@ pub struct Common {
     pub given: mpsc::Sender<Given>,
     /// By what events go out.
     pub outlets: Outlets,
+    /// What drives global transactions, and where it is told which.
+    pub coordinator: Arc<Coordinator>,
+    /// See above.
+    pub shards: watch::Sender<Shards>,
     /// Memory of the whole relay.
     pub budget: Budget,
     /// Memory of one pipeline.
@@ -102,6 +109,7 @@ impl Deliveries {
         let place = |assignment: &Assignment| (assignment.subscription, assignment.shard);
         let kept = || assigned.iter().filter(|assignment| !assignment.release);
         self.common.tail.serve(kept().map(wanted));
+        self.coordinate(kept());
         let wanted: HashMap<Key, &Assignment> =
             kept().map(|assignment| (place(assignment), assignment)).collect();
         for (key, running) in &mut self.running {
@@ -127,6 +135,14 @@ impl Deliveries {
                 self.start(key, assignment);
             }
         }
+    }
+
+    /// What is due of global transactions goes with their subscription.
+    fn coordinate<'a>(&self, kept: impl Iterator<Item = &'a Assignment>) {
+        let own: Vec<_> = kept.filter(|assignment| assignment.destination == COORDINATOR).collect();
+        let of = own.first().map_or(1, |assignment| assignment.shards);
+        let shards = Shards { of, own: own.iter().map(|assignment| assignment.shard).collect() };
+        self.common.shards.send_if_modified(|old| std::mem::replace(old, shards.clone()) != shards);
     }
 
     fn start(&mut self, key: Key, assignment: &Assignment) {
@@ -161,15 +177,23 @@ impl Deliveries {
 
     fn pipeline(&self, assignment: &Assignment, drain: CancellationToken) -> Result<Pipeline, String> {
         let common = &self.common;
-        let destination = Destination::parse(&assignment.destination)
-            .map_err(|error| format!("destination {}: {error}", assignment.destination))?;
-        let mut options =
-            Options::for_destination(&assignment.options, &destination).map_err(|error| error.to_string())?;
+        let destination = match assignment.destination.as_str() {
+            COORDINATOR => None,
+            text => Some(Destination::parse(text).map_err(|error| format!("destination {text}: {error}"))?),
+        };
+        let options = match &destination {
+            Some(destination) => Options::for_destination(&assignment.options, destination),
+            None => Options::from_json(&assignment.options),
+        };
+        let mut options = options.map_err(|error| error.to_string())?;
         // The limits are the subscription's: its shards share them evenly.
         options.max_in_flight = (options.max_in_flight / options.shards).max(1);
         options.rate_limit = options.rate_limit.map(|rate| rate / f64::from(options.shards));
-        let sink = Sink::new(&common.outlets, destination, &options, &common.source)
-            .map_err(|error| error.to_string())?;
+        let sink = match destination {
+            Some(destination) => Sink::new(&common.outlets, destination, &options, &common.source)
+                .map_err(|error| error.to_string())?,
+            None => Sink::Coordinator(common.coordinator.clone()),
+        };
         let mut bounds = common.bounds;
         if let Sink::Kafka(_) = sink {
             // It takes far more at once than an endpoint, and answers by the batch, some time later.

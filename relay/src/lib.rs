@@ -11,6 +11,7 @@ pub mod causes;
 pub mod check;
 pub mod cli;
 pub mod config;
+pub mod coordinator;
 pub mod daemon;
 pub mod database;
 pub mod deliveries;

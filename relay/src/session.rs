@@ -14,6 +14,9 @@ use tracing::{Instrument as _, info};
 use uuid::Uuid;
 
 use crate::config::Config;
+use crate::coordinator::branch::Caller;
+use crate::coordinator::due::Shards;
+use crate::coordinator::{self, Coordinator};
 use crate::deliveries::{Common, Deliveries};
 use crate::pipeline::budget::Budget;
 use crate::sink::Outlets;
@@ -27,6 +30,7 @@ use crate::source::leases::{self, Assignments, Identity, Told};
 use crate::source::origin;
 use crate::source::pages::Pages;
 use crate::source::tail::Tail;
+use crate::source::transactions::{self, Store};
 use crate::source::upkeep;
 
 /// Connections that pages are read over.
@@ -60,6 +64,7 @@ pub struct Shared {
 pub struct Session {
     roles: Roles,
     deliveries: Deliveries,
+    coordinator: Arc<Coordinator>,
     cursors: Arc<Cursors>,
     assignments: watch::Receiver<Assignments>,
     release: CancellationToken,
@@ -92,12 +97,13 @@ impl Session {
         let config = &shared.config;
         let first = connector.connect().await?;
         let greeting = hello::hello(&first, &config.environment).await?;
-        let others = try_join_all((0..READERS + 4).map(|_| connector.connect())).await?;
+        let others = try_join_all((0..READERS + 6).map(|_| connector.connect())).await?;
         origin::same(&first, &others).await?;
         let mut others = others.into_iter();
         let mut next =
             || others.next().ok_or_else(|| SourceError::Unreachable("a connection is missing".into()));
         let (lease_link, cursor_link, due_link, upkeep_link) = (next()?, next()?, next()?, next()?);
+        let (transaction_reads, transaction_writes) = (next()?, next()?);
         let pages = Arc::new(Pages::new(others.collect()).await?);
         announce(connector, &greeting);
 
@@ -113,6 +119,11 @@ impl Session {
         let told = Told { valid_until, assignments: assigned, given: gives };
         let tail = Arc::new(Tail::default());
 
+        let (store, counters) = Store::new();
+        let caller = Caller::new(shared.outlets.clone(), greeting.source.clone());
+        let coordinator = Coordinator::new(store, caller, valid.clone());
+        let (shards, owned_shards) = watch::channel(Shards::default());
+
         let mut roles = Roles::new();
         let common = Common {
             source: greeting.source.clone(),
@@ -123,6 +134,8 @@ impl Session {
             cursors: cursors.clone(),
             valid_until: valid,
             outlets: shared.outlets.clone(),
+            coordinator: coordinator.clone(),
+            shards,
             budget: shared.budget.clone(),
             subscription_bytes: config.subscription_bytes,
             bounds: config.pipeline_bounds(),
@@ -132,8 +145,12 @@ impl Session {
         roles.spawn(endless(cursors::follow(cursor_link, cursors.clone())).in_current_span());
         roles.spawn(endless(due::follow(due_link)).in_current_span());
         roles.spawn(endless(upkeep::follow(upkeep_link, config.upkeep)).in_current_span());
+        let store = transactions::follow(transaction_reads, transaction_writes, counters);
+        roles.spawn(endless(store).in_current_span());
+        let due = coordinator::due::follow(coordinator.clone(), owned_shards);
+        roles.spawn(endless(async { Ok(due.await) }).in_current_span());
         let (deliveries, patience) = (Deliveries::new(common), config.shutdown + STORING);
-        Ok(Session { roles, deliveries, cursors, assignments, release, patience })
+        Ok(Session { roles, deliveries, coordinator, cursors, assignments, release, patience })
     }
 
     async fn work(&mut self, stop: &CancellationToken) -> Result<(), SourceError> {
@@ -178,6 +195,11 @@ impl Session {
                     self.deliveries.abort().await;
                 }
             }
+        }
+        tokio::select! {
+            Some(role) = self.roles.join_next() => return Err(why(role)),
+            () = self.coordinator.idle() => {}
+            () = &mut patience => tracing::warn!("calls of some transactions are repeated: they have not ended in time"),
         }
         self.release.cancel();
         let released = tokio::time::timeout(FAREWELL, async {

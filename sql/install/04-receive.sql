@@ -52,7 +52,7 @@ BEGIN
         SELECT ctid FROM dtm.receipts WHERE received_at < clock_timestamp() - dtm.receipts_kept()
         ORDER BY received_at LIMIT max_rows FOR UPDATE SKIP LOCKED));
     GET DIAGNOSTICS receipts = ROW_COUNT;
-    RETURN purged + receipts + dtm.purge_barriers(max_rows);
+    RETURN purged + receipts + dtm.purge_barriers(max_rows) + dtm.purge_transactions(max_rows);
 END
 $$;
 

@@ -240,11 +240,26 @@ BEGIN
 END
 $$;
 
+-- The coordinator's subscription may be paused and resumed, and that is all: what it passes over would never end.
+CREATE FUNCTION dtm.check_not_internal(name text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF name = 'dtm.transactions' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = 'this subscription is pg_dtm''s own',
+            DETAIL = 'It brings global transactions to the relays'' coordinator.',
+            HINT = 'It can be paused and resumed. dtm.force_stop ends a transaction.';
+    END IF;
+END
+$$;
+
 CREATE FUNCTION dtm.unsubscribe(name text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     subscription_id bigint := dtm.lock_settlements(name);
 BEGIN
+    PERFORM dtm.check_not_internal(name);
     DELETE FROM dtm.subscription AS s WHERE s.id = subscription_id;
     IF NOT FOUND THEN
         PERFORM dtm.raise_no_subscription(name);
@@ -300,6 +315,7 @@ LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp 
 DECLARE
     subscription_id bigint;
 BEGIN
+    PERFORM dtm.check_not_internal(name);
     PERFORM dtm.check_start_at(start_at);
     subscription_id := dtm.lock_settlements(name);
     UPDATE dtm.subscription AS s

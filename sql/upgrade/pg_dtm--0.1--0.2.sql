@@ -207,11 +207,26 @@ BEGIN
 END
 $$;
 
+-- The coordinator's subscription may be paused and resumed, and that is all: what it passes over would never end.
+CREATE FUNCTION dtm.check_not_internal(name text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF name = 'dtm.transactions' THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'insufficient_privilege',
+            MESSAGE = 'this subscription is pg_dtm''s own',
+            DETAIL = 'It brings global transactions to the relays'' coordinator.',
+            HINT = 'It can be paused and resumed. dtm.force_stop ends a transaction.';
+    END IF;
+END
+$$;
+
 CREATE OR REPLACE FUNCTION dtm.unsubscribe(name text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     subscription_id bigint := dtm.lock_settlements(name);
 BEGIN
+    PERFORM dtm.check_not_internal(name);
     DELETE FROM dtm.subscription AS s WHERE s.id = subscription_id;
     IF NOT FOUND THEN
         PERFORM dtm.raise_no_subscription(name);
@@ -248,6 +263,7 @@ LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp 
 DECLARE
     subscription_id bigint;
 BEGIN
+    PERFORM dtm.check_not_internal(name);
     PERFORM dtm.check_start_at(start_at);
     subscription_id := dtm.lock_settlements(name);
     UPDATE dtm.subscription AS s
@@ -818,6 +834,9 @@ DECLARE
     lacking bigint;  -- how many units it may take; below 0: how many it should give
 BEGIN
     PERFORM dtm.heartbeat(relay_assign.relay, relay_name, clock_timestamp() + make_interval(secs => lease_seconds), true);
+    IF EXISTS (SELECT FROM dtm.transaction) AND NOT EXISTS (SELECT FROM dtm.subscription s WHERE s.name = 'dtm.transactions') THEN
+        PERFORM dtm.start_coordinator();
+    END IF;
     SELECT least(s.target - s.owned, s.free) INTO lacking FROM dtm.shares s WHERE s.relay = relay_assign.relay;
     IF lacking > 0 THEN
         -- Waits for cursors on their way: what an owner wrote is read by the next, what it writes later is refused. And for
@@ -2006,10 +2025,500 @@ BEGIN
         SELECT ctid FROM dtm.receipts WHERE received_at < clock_timestamp() - dtm.receipts_kept()
         ORDER BY received_at LIMIT max_rows FOR UPDATE SKIP LOCKED));
     GET DIAGNOSTICS receipts = ROW_COUNT;
-    RETURN purged + receipts + dtm.purge_barriers(max_rows);
+    RETURN purged + receipts + dtm.purge_barriers(max_rows) + dtm.purge_transactions(max_rows);
 END
 $$;
 
--- PUBLIC gets nothing.
+-- Global transactions: what is to be done, how far it is, and when it is tried again. The relay's coordinator drives them to their
+-- end. One that is submitted announces itself by an event of the topic dtm.transactions, to which the coordinator has the
+-- subscription of that name; only what is prepared, delayed or has failed waits in dtm.due.
+
+CREATE SEQUENCE dtm.transaction_id_seq AS bigint;
+-- A row is written when it is made and when it ends; the room for the second version is kept free beside it.
+CREATE TABLE dtm.transaction (
+    id             bigint      NOT NULL DEFAULT pg_catalog.nextval('dtm.transaction_id_seq'),
+    gid            text        PRIMARY KEY,
+    trans_type     text        NOT NULL CHECK (trans_type IN ('msg')),
+    status         text        NOT NULL CHECK (status IN ('prepared', 'submitted', 'aborting', 'succeed', 'failed')),
+    branches       jsonb       NOT NULL,   -- [{"branch_id", "op", "action", "key", "headers"}, …] in the order of their calls
+    payloads       bytea[]     NOT NULL,   -- of each branch, as it goes over the wire; null: none
+    query_prepared text,                   -- who is asked whether a prepared one is committed
+    options        jsonb       NOT NULL,
+    created_at     timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    finished_at    timestamptz,
+    reason         text,                   -- why it failed
+    failures       int         NOT NULL DEFAULT 0,  -- since it last got ahead: how long the pause to the next attempt is
+    last_error     text,                   -- of asking whether it is committed
+    stuck_since    timestamptz             -- it waits for somebody's decision
+) WITH (fillfactor = 60);
+CREATE UNIQUE INDEX transaction_id ON dtm.transaction (id);
+CREATE INDEX transaction_stuck ON dtm.transaction (gid) WHERE stuck_since IS NOT NULL;
+
+-- Branches of which there is more to tell than their transaction's status does.
+CREATE TABLE dtm.branch (
+    gid             text        NOT NULL,
+    branch_id       text        NOT NULL,
+    op              text        NOT NULL,
+    status          text        NOT NULL CHECK (status IN ('prepared', 'succeed', 'failed')),
+    attempts        int         NOT NULL,
+    last_status     int,                   -- of the last answer, where it was HTTP's
+    last_error      text,
+    last_attempt_at timestamptz NOT NULL,
+    finished_at     timestamptz,
+    PRIMARY KEY (gid, branch_id, op)
+);
+
+-- What is done when its time has come.
+CREATE TABLE dtm.due (
+    gid      text        PRIMARY KEY,
+    due_at   timestamptz NOT NULL,
+    endpoint text                          -- of the call that failed: when it works again, nobody waits any longer
+);
+CREATE INDEX due_due_at ON dtm.due (due_at);
+CREATE INDEX due_endpoint ON dtm.due (endpoint) WHERE endpoint IS NOT NULL;
+
+SELECT pg_catalog.pg_extension_config_dump('dtm.transaction_id_seq', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.transaction', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.branch', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.due', '');
+
+-- The setting dtm.transactions_kept.
+CREATE FUNCTION dtm.transactions_kept() RETURNS interval
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'transactions_kept_wrapper';
+CREATE FUNCTION dtm.shard_of_gid(gid text, shards int) RETURNS int
+LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'shard_of_gid_wrapper';
+
+-- A submitted transaction announces itself.
+CREATE FUNCTION dtm.announce(gid text) RETURNS void
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT dtm.append(gen_random_uuid(), 'dtm.transactions', gid, NULL, NULL, NULL);
+END;
+
+CREATE FUNCTION dtm.raise_no_transaction(gid text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION USING
+        ERRCODE = 'undefined_object',
+        MESSAGE = 'there is no such transaction',
+        DETAIL = format('The gid is %s.', coalesce(quote_literal(left(gid, 150)), 'null')),
+        HINT = 'SELECT gid FROM dtm.transactions lists them. Those that have ended are kept for dtm.transactions_kept.';
+END
+$$;
+
+CREATE FUNCTION dtm.raise_wrong_status(gid text, status text, what text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION USING
+        ERRCODE = 'object_not_in_prerequisite_state',
+        MESSAGE = format('the transaction is %s and cannot be %s', status, what),
+        DETAIL = format('The gid is %s.', quote_literal(gid)),
+        HINT = 'dtm.transactions and dtm.branches show how far it is.';
+END
+$$;
+
+-- Ends a transaction where it stands: nothing more is called, nothing that was done is taken back.
+CREATE FUNCTION dtm.force_stop(gid text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    old text := (SELECT t.status FROM dtm.transaction t WHERE t.gid = force_stop.gid FOR UPDATE);
+BEGIN
+    IF old IS NULL THEN
+        PERFORM dtm.raise_no_transaction(gid);
+    ELSIF old IN ('succeed', 'failed') THEN
+        PERFORM dtm.raise_wrong_status(gid, old, 'stopped');
+    END IF;
+    UPDATE dtm.transaction t
+    SET status = 'failed', finished_at = clock_timestamp(), stuck_since = NULL, reason = 'stopped by dtm.force_stop'
+    WHERE t.gid = force_stop.gid;
+    DELETE FROM dtm.due d WHERE d.gid = force_stop.gid;
+END
+$$;
+
+-- Tries now what waits for its next attempt. One that stood still begins its attempts anew.
+CREATE FUNCTION dtm.retry_now(gid text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    old text := (SELECT t.status FROM dtm.transaction t WHERE t.gid = retry_now.gid FOR UPDATE);
+BEGIN
+    IF old IS NULL THEN
+        PERFORM dtm.raise_no_transaction(gid);
+    ELSIF old IN ('succeed', 'failed') THEN
+        PERFORM dtm.raise_wrong_status(gid, old, 'tried again');
+    END IF;
+    UPDATE dtm.transaction t SET failures = 0, stuck_since = NULL
+    WHERE t.gid = retry_now.gid AND (t.failures <> 0 OR t.stuck_since IS NOT NULL);
+    INSERT INTO dtm.due AS d (gid, due_at) VALUES (retry_now.gid, clock_timestamp())
+    ON CONFLICT ON CONSTRAINT due_pkey DO UPDATE SET due_at = excluded.due_at;
+END
+$$;
+
+CREATE VIEW dtm.transactions AS
+SELECT t.gid, t.trans_type, t.status, t.created_at, t.finished_at, t.reason, t.failures,
+       coalesce(t.last_error, b.last_error) AS last_error, d.due_at AS next_attempt_at, t.stuck_since,
+       t.query_prepared, t.options, t.id
+FROM dtm.transaction t
+LEFT JOIN dtm.due d ON d.gid = t.gid
+LEFT JOIN LATERAL (
+    SELECT f.last_error FROM dtm.branch f
+    WHERE f.gid = t.gid AND f.status = 'prepared' ORDER BY f.last_attempt_at DESC LIMIT 1) b ON true;
+
+COMMENT ON VIEW dtm.transactions IS 'Global transactions and how far they are. next_attempt_at: where one waits.';
+
+-- A branch without a row of its own was called once, or not at all: what its transaction says holds for it.
+CREATE VIEW dtm.branches AS
+SELECT t.gid, step ->> 'branch_id' AS branch_id, step ->> 'op' AS op, step ->> 'action' AS action,
+       coalesce(b.status, CASE t.status WHEN 'succeed' THEN 'succeed' ELSE 'prepared' END) AS status,
+       coalesce(b.attempts, CASE t.status WHEN 'succeed' THEN 1 ELSE 0 END) AS attempts,
+       b.last_status, b.last_error, b.last_attempt_at,
+       CASE WHEN b.status = 'prepared' THEN d.due_at END AS next_attempt_at,
+       coalesce(b.finished_at, CASE WHEN b.status IS NULL AND t.status = 'succeed' THEN t.finished_at END) AS finished_at,
+       t.payloads[n] AS payload
+FROM dtm.transaction t
+CROSS JOIN LATERAL pg_catalog.jsonb_array_elements(t.branches) WITH ORDINALITY AS of_transaction (step, n)
+LEFT JOIN dtm.branch b ON b.gid = t.gid AND b.branch_id = step ->> 'branch_id' AND b.op = step ->> 'op'
+LEFT JOIN dtm.due d ON d.gid = t.gid;
+
+COMMENT ON VIEW dtm.branches IS 'The calls of global transactions: what came of each, and when it is made again.';
+
+-- A bounded part of what has ended long ago.
+CREATE FUNCTION dtm.purge_transactions(max_rows int) RETURNS bigint
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    gone text[];
+BEGIN
+    WITH old AS (
+        SELECT t.gid FROM dtm.transaction t
+        WHERE t.created_at < clock_timestamp() - dtm.transactions_kept() ORDER BY t.id LIMIT max_rows
+    ), deleted AS (
+        DELETE FROM dtm.transaction t USING old
+        WHERE t.gid = old.gid AND t.finished_at < clock_timestamp() - dtm.transactions_kept()
+        RETURNING t.gid
+    )
+    SELECT array_agg(d.gid) INTO gone FROM deleted d;
+    DELETE FROM dtm.branch b WHERE b.gid = ANY (gone);
+    RETURN coalesce(cardinality(gone), 0);
+END
+$$;
+
+-- 2-phase messages: calls of several services that are certain to be made if and only if the business transaction commits. They
+-- are SECURITY DEFINER: who may execute them needs no rights on the tables.
+
+CREATE FUNCTION dtm.new_gid() RETURNS text
+LANGUAGE c VOLATILE PARALLEL SAFE AS 'MODULE_PATHNAME', 'new_gid_wrapper';
+CREATE FUNCTION dtm.check_gid(gid text) RETURNS void
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_gid_wrapper';
+CREATE FUNCTION dtm.check_steps(steps jsonb) RETURNS void
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_steps_wrapper';
+CREATE FUNCTION dtm.check_transaction_options(options jsonb) RETURNS TABLE (delay float8, timeout_to_fail float8)
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_transaction_options_wrapper';
+
+-- Who gets what is sent to topic://NAME: DTM's message topics. They have nothing to do with subscriptions.
+CREATE TABLE dtm.msg_topics (
+    topic      text        NOT NULL,
+    url        text        NOT NULL,
+    remark     text        NOT NULL DEFAULT '',
+    created_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    PRIMARY KEY (topic, url)
+);
+SELECT pg_catalog.pg_extension_config_dump('dtm.msg_topics', '');
+
+-- The branches of steps, numbered as DTM does: 01, 02, and where a topic has several subscribers 01-01, 01-02.
+CREATE FUNCTION dtm.branches_of_steps(steps jsonb, bodies bytea[], OUT branches jsonb, OUT payloads bytea[])
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    lonely text;
+BEGIN
+    SELECT s.step ->> 'action' INTO lonely
+    FROM jsonb_array_elements(steps) AS s (step)
+    WHERE s.step ->> 'action' LIKE 'topic://%'
+      AND NOT EXISTS (SELECT FROM dtm.msg_topics m WHERE 'topic://' || m.topic = s.step ->> 'action')
+    LIMIT 1;
+    IF lonely IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'undefined_object',
+            MESSAGE = 'nobody is subscribed to this message topic',
+            DETAIL = format('The action is %L.', lonely),
+            HINT = 'Insert its subscribers into dtm.msg_topics first.';
+    END IF;
+    SELECT jsonb_agg((s.step - 'payload' - 'action') || jsonb_build_object(
+               'branch_id', lpad(s.n::text, 2, '0') || CASE WHEN t.among > 1 THEN '-' || lpad(t.nth::text, 2, '0') ELSE '' END,
+               'op', 'action', 'action', coalesce(t.url, s.step ->> 'action')) ORDER BY s.n, t.nth),
+           array_agg(CASE WHEN bodies IS NULL THEN convert_to((s.step -> 'payload')::text, 'UTF8') ELSE bodies[s.n] END
+                     ORDER BY s.n, t.nth)
+    INTO branches, payloads
+    FROM jsonb_array_elements(steps) WITH ORDINALITY AS s (step, n)
+    LEFT JOIN (
+        SELECT 'topic://' || m.topic AS action, m.url, row_number() OVER subscribers AS nth,
+               count(*) OVER (PARTITION BY m.topic) AS among
+        FROM dtm.msg_topics m WINDOW subscribers AS (PARTITION BY m.topic ORDER BY m.created_at, m.url)) t
+    ON t.action = s.step ->> 'action';
+END
+$$;
+
+-- Makes a message. 23505: there is one of this gid. bodies: of each step, instead of its payload.
+CREATE FUNCTION dtm.insert_message(
+    gid text, status text, steps jsonb, bodies bytea[], query_prepared text, options jsonb
+) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    known record;
+    expanded record;
+    size bigint;
+    wait float8;
+BEGIN
+    PERFORM dtm.check_gid(gid);
+    PERFORM dtm.check_steps(steps);
+    SELECT * INTO known FROM dtm.check_transaction_options(options);
+    SELECT * INTO expanded FROM dtm.branches_of_steps(steps, bodies);
+    SELECT sum(length(p)) INTO size FROM unnest(expanded.payloads) AS p;
+    IF size > current_setting('dtm.max_payload')::int8 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'program_limit_exceeded',
+            MESSAGE = 'the payloads are too large',
+            DETAIL = format('Together they have %s bytes; dtm.max_payload is %s.', size, current_setting('dtm.max_payload')),
+            HINT = 'Store the bodies elsewhere and send references to them.';
+    END IF;
+    INSERT INTO dtm.transaction (gid, trans_type, status, branches, payloads, query_prepared, options)
+    VALUES (insert_message.gid, 'msg', insert_message.status, expanded.branches, expanded.payloads,
+            insert_message.query_prepared, insert_message.options);
+    wait := CASE status WHEN 'prepared' THEN known.timeout_to_fail ELSE known.delay END;
+    IF wait > 0 THEN
+        INSERT INTO dtm.due (gid, due_at) VALUES (insert_message.gid, clock_timestamp() + make_interval(secs => wait));
+    ELSE
+        PERFORM dtm.announce(gid);
+    END IF;
+END
+$$;
+
+CREATE FUNCTION dtm.msg_send(steps jsonb, gid text DEFAULT NULL, options jsonb DEFAULT '{}') RETURNS text
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    chosen text := coalesce(gid, dtm.new_gid());
+BEGIN
+    PERFORM dtm.insert_message(chosen, 'submitted', steps, NULL, NULL, options);
+    RETURN chosen;
+END
+$$;
+
+COMMENT ON FUNCTION dtm.msg_send(jsonb, text, jsonb) IS
+    'In the business transaction: its steps are called if and only if it commits. Returns the gid.';
+
+CREATE FUNCTION dtm.msg_prepare(gid text, steps jsonb, query_prepared text, options jsonb DEFAULT '{}') RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF query_prepared IS NULL OR query_prepared !~ '^(https?|postgres)://[^/]' OR query_prepared ~ '@'
+       OR length(query_prepared) > 2048 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'a prepared message needs somebody to be asked whether it is committed',
+            HINT = 'Pass a URL that answers as DTM''s query-prepared does, or postgres://TARGET, without credentials.';
+    END IF;
+    PERFORM dtm.insert_message(gid, 'prepared', steps, NULL, query_prepared, options);
+END
+$$;
+
+COMMENT ON FUNCTION dtm.msg_prepare(text, jsonb, text, jsonb) IS
+    'Before a business transaction that runs elsewhere: dtm.msg_submit follows it, or query_prepared is asked.';
+
+-- Submitting what is submitted already is no error: the first call's answer may have been lost.
+CREATE FUNCTION dtm.msg_submit(gid text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    old dtm.transaction;
+    left_to_wait float8;
+BEGIN
+    SELECT * INTO old FROM dtm.transaction t WHERE t.gid = msg_submit.gid AND t.trans_type = 'msg' FOR UPDATE;
+    IF old.gid IS NULL THEN
+        PERFORM dtm.raise_no_transaction(gid);
+    ELSIF old.status IN ('submitted', 'succeed') THEN
+        RETURN;
+    ELSIF old.status <> 'prepared' THEN
+        PERFORM dtm.raise_wrong_status(gid, old.status, 'submitted');
+    END IF;
+    UPDATE dtm.transaction t SET status = 'submitted', failures = 0, last_error = NULL, stuck_since = NULL
+    WHERE t.gid = msg_submit.gid;
+    SELECT o.delay - extract(epoch FROM clock_timestamp() - old.created_at) INTO left_to_wait
+    FROM dtm.check_transaction_options(old.options) o;
+    IF left_to_wait > 0 THEN
+        INSERT INTO dtm.due AS d (gid, due_at) VALUES (msg_submit.gid, clock_timestamp() + make_interval(secs => left_to_wait))
+        ON CONFLICT ON CONSTRAINT due_pkey DO UPDATE SET due_at = excluded.due_at, endpoint = NULL;
+    ELSE
+        DELETE FROM dtm.due d WHERE d.gid = msg_submit.gid;
+        PERFORM dtm.announce(gid);
+    END IF;
+END
+$$;
+
+COMMENT ON FUNCTION dtm.msg_submit(text) IS 'The business transaction of a prepared message is committed.';
+
+CREATE FUNCTION dtm.msg_abort(gid text, reason text DEFAULT NULL) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    old text := (SELECT t.status FROM dtm.transaction t WHERE t.gid = msg_abort.gid AND t.trans_type = 'msg' FOR UPDATE);
+BEGIN
+    IF old IS NULL THEN
+        PERFORM dtm.raise_no_transaction(gid);
+    ELSIF old = 'failed' THEN
+        RETURN;
+    ELSIF old <> 'prepared' THEN
+        PERFORM dtm.raise_wrong_status(gid, old, 'aborted');
+    END IF;
+    UPDATE dtm.transaction t
+    SET status = 'failed', finished_at = clock_timestamp(), stuck_since = NULL, reason = coalesce(msg_abort.reason, 'aborted')
+    WHERE t.gid = msg_abort.gid;
+    DELETE FROM dtm.due d WHERE d.gid = msg_abort.gid;
+END
+$$;
+
+COMMENT ON FUNCTION dtm.msg_abort(text, text) IS 'The business transaction of a prepared message is rolled back.';
+
+-- What a relay's coordinator calls.
+
+CREATE FUNCTION dtm.flush() RETURNS void
+LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'flush_wal_wrapper';
+
+-- The first transaction of a database calls for its coordinator: a subscription of its own, so that it is shared, moved, paused
+-- after a restore, and seen, as others are. What was submitted before it is there waits in dtm.due.
+CREATE FUNCTION dtm.start_coordinator() RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    subscription_id bigint;
+BEGIN
+    INSERT INTO dtm.subscription AS s (name, topics, destination, options, era)
+    VALUES ('dtm.transactions', '{dtm.transactions}', 'coordinator:', '{"shards": 4, "max_in_flight": 1024}',
+            (SELECT era FROM dtm.installation))
+    ON CONFLICT ON CONSTRAINT subscription_name_key DO NOTHING
+    RETURNING s.id INTO subscription_id;
+    IF FOUND THEN
+        PERFORM dtm.start_subscription(subscription_id, 'now');
+        -- A statement of its own: whatever it does not see lies past the subscription's cursor.
+        INSERT INTO dtm.due (gid, due_at)
+        SELECT t.gid, clock_timestamp() FROM dtm.transaction t WHERE t.status IN ('submitted', 'aborting')
+        ON CONFLICT ON CONSTRAINT due_pkey DO NOTHING;
+    END IF;
+END
+$$;
+
+-- Transactions that have not ended, with all that there is to know. undecidable: barriers of so long ago may be gone, so nobody
+-- is asked any more.
+CREATE FUNCTION dtm.relay_transactions(gids text[])
+RETURNS TABLE (gid text, trans_type text, status text, branches text, payloads bytea[], query_prepared text, options text,
+               failures int, undecidable boolean, waits boolean, known text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET jit = off
+BEGIN ATOMIC
+    SELECT t.gid, t.trans_type, t.status, t.branches::text, t.payloads, t.query_prepared, t.options::text, t.failures,
+           t.created_at < clock_timestamp() - dtm.barriers_kept() / 2,
+           EXISTS (SELECT FROM dtm.due d WHERE d.gid = t.gid),
+           (SELECT jsonb_agg(jsonb_build_object('branch_id', b.branch_id, 'op', b.op, 'status', b.status, 'attempts', b.attempts))
+            FROM dtm.branch b WHERE b.gid = t.gid)::text
+    FROM dtm.transaction t
+    WHERE t.gid = ANY (gids) AND t.status IN ('prepared', 'submitted', 'aborting') AND t.stuck_since IS NULL;
+END;
+
+-- What is due in the shards that a relay owns, but for what it is at already; and in how many seconds the next is.
+CREATE FUNCTION dtm.relay_due_transactions(shards int, own int[], busy text[], max_rows int, OUT gids text[], OUT next_in float8)
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+BEGIN
+    gids := ARRAY(
+        SELECT d.gid FROM dtm.due d
+        WHERE d.due_at <= clock_timestamp() AND d.gid <> ALL (busy) AND dtm.shard_of_gid(d.gid, shards) = ANY (own)
+        ORDER BY d.due_at LIMIT max_rows);
+    SELECT extract(epoch FROM min(d.due_at) - clock_timestamp()) INTO next_in FROM dtm.due d WHERE d.due_at > clock_timestamp();
+    IF gids <> '{}' THEN
+        -- What a crash could still take back is not acted on.
+        PERFORM dtm.flush();
+    END IF;
+END
+$$;
+
+-- Messages whose branches were all called with success: those that it ends.
+CREATE FUNCTION dtm.relay_succeed(gids text[]) RETURNS text[]
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
+DECLARE
+    ended text[];
+BEGIN
+    -- Nobody's open transaction holds up the others: what is locked is tried again.
+    BEGIN
+        WITH done AS (
+            UPDATE dtm.transaction t SET status = 'succeed', finished_at = clock_timestamp()
+            WHERE t.gid = ANY (gids) AND t.status = 'submitted' RETURNING t.gid
+        )
+        SELECT array_agg(d.gid) INTO ended FROM done d;
+    EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+        WITH free AS MATERIALIZED (
+            SELECT t.gid FROM dtm.transaction t
+            WHERE t.gid = ANY (gids) AND t.status = 'submitted' FOR UPDATE SKIP LOCKED
+        ), done AS (
+            UPDATE dtm.transaction t SET status = 'succeed', finished_at = clock_timestamp()
+            FROM free WHERE t.gid = free.gid RETURNING t.gid
+        )
+        SELECT array_agg(d.gid) INTO ended FROM done d;
+    END;
+    RETURN coalesce(ended, '{}');
+END
+$$;
+
+-- What came of passes that were not all success. Each is an object: gid, "from" (the status it leaves), "to", reason, failures,
+-- retry_in (seconds; null: it waits for nothing), endpoint, error, stuck, and branches: those that something came of. Answers
+-- those that still had the status they leave.
+CREATE FUNCTION dtm.relay_settle(settlements jsonb) RETURNS text[]
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    settled text[];
+BEGIN
+    WITH settlement AS MATERIALIZED (
+        SELECT * FROM jsonb_to_recordset(settlements) AS s (
+            gid text, "from" text, "to" text, reason text, failures int, retry_in float8, endpoint text, error text, stuck boolean)
+    ), free AS MATERIALIZED (
+        SELECT t.gid FROM dtm.transaction t JOIN settlement s ON s.gid = t.gid AND s."from" = t.status
+        FOR UPDATE OF t SKIP LOCKED
+    ), moved AS (
+        UPDATE dtm.transaction t
+        SET status = s."to", failures = s.failures, last_error = s.error, reason = coalesce(s.reason, t.reason),
+            finished_at = CASE WHEN s."to" IN ('succeed', 'failed') THEN clock_timestamp() END,
+            stuck_since = CASE WHEN s.stuck THEN clock_timestamp() END
+        FROM settlement s JOIN free ON free.gid = s.gid
+        WHERE t.gid = s.gid
+        RETURNING t.gid
+    ), waits AS (
+        INSERT INTO dtm.due AS d (gid, due_at, endpoint)
+        SELECT s.gid, clock_timestamp() + make_interval(secs => s.retry_in), s.endpoint
+        FROM settlement s JOIN moved m ON m.gid = s.gid WHERE s.retry_in IS NOT NULL
+        ON CONFLICT ON CONSTRAINT due_pkey DO UPDATE SET due_at = excluded.due_at, endpoint = excluded.endpoint
+    ), over AS (
+        DELETE FROM dtm.due d USING settlement s JOIN moved m ON m.gid = s.gid
+        WHERE d.gid = s.gid AND s.retry_in IS NULL
+    ), known AS (
+        INSERT INTO dtm.branch AS b (gid, branch_id, op, status, attempts, last_status, last_error, last_attempt_at, finished_at)
+        SELECT m.gid, n.branch_id, n.op, n.status, n.attempts, n.last_status, n.last_error, clock_timestamp(),
+               CASE WHEN n.status <> 'prepared' THEN clock_timestamp() END
+        FROM moved m
+        JOIN jsonb_array_elements(settlements) AS e (settlement) ON e.settlement ->> 'gid' = m.gid
+        CROSS JOIN jsonb_to_recordset(e.settlement -> 'branches') AS n (
+            branch_id text, op text, status text, attempts int, last_status int, last_error text)
+        ON CONFLICT ON CONSTRAINT branch_pkey DO UPDATE
+        SET status = excluded.status, attempts = excluded.attempts, last_status = excluded.last_status,
+            last_error = excluded.last_error, last_attempt_at = excluded.last_attempt_at, finished_at = excluded.finished_at
+    )
+    SELECT array_agg(m.gid) INTO settled FROM moved m;
+    RETURN coalesce(settled, '{}');
+END
+$$;
+
+-- An endpoint works again: a part of what waits for it is due. Answers how many.
+CREATE FUNCTION dtm.relay_revive(endpoint text, max_rows int) RETURNS int
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    revived int;
+BEGIN
+    UPDATE dtm.due SET due_at = clock_timestamp(), endpoint = NULL WHERE ctid = ANY (ARRAY(
+        SELECT d.ctid FROM dtm.due d WHERE d.endpoint = relay_revive.endpoint
+        LIMIT max_rows FOR UPDATE SKIP LOCKED));
+    GET DIAGNOSTICS revived = ROW_COUNT;
+    RETURN revived;
+END
+$$;
+
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA dtm FROM PUBLIC;
 REVOKE ALL ON ALL PROCEDURES IN SCHEMA dtm FROM PUBLIC;

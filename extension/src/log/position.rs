@@ -139,6 +139,12 @@ fn flush() {
     }
 }
 
+/// What was seen is on disk, whatever its synchronous_commit was.
+#[pg_extern]
+fn flush_wal() {
+    flush();
+}
+
 /// Where the last record ends that has been inserted.
 fn end_of_wal() -> u64 {
     const BLOCK_BYTES: u64 = pg_sys::XLOG_BLCKSZ as u64;

@@ -114,11 +114,26 @@ impl HttpCaller {
 }
 
 impl Endpoint {
-    /// Makes one call. `timeout` bounds it from connecting to the status.
+    /// Another URI at the same server, over the same connections.
+    pub fn at(&self, uri: Uri) -> Self {
+        let target = uri.path_and_query().cloned().map_or_else(Uri::default, Uri::from);
+        Endpoint { connections: self.connections.clone(), uri, target, host: self.host.clone() }
+    }
+
+    /// Posts. Of a success nothing is told but that it is one: what it says is of no use to anybody.
     pub async fn post(&self, headers: HeaderMap, body: Bytes, timeout: Duration) -> Outcome {
+        let mut outcome = self.call(Method::POST, headers, body, timeout).await;
+        if outcome.class == Class::Accepted {
+            outcome.body = String::new();
+        }
+        outcome
+    }
+
+    /// Makes one call. `timeout` bounds it from connecting to the status.
+    pub async fn call(&self, method: Method, headers: HeaderMap, body: Bytes, timeout: Duration) -> Outcome {
         let begin = Instant::now();
         let mut request = Request::new(Full::new(body));
-        *request.method_mut() = Method::POST;
+        *request.method_mut() = method;
         *request.headers_mut() = headers;
         let asked = match self.connections.kept(begin) {
             Some(connection) => self.ask(connection, request, begin, timeout).await,
@@ -144,11 +159,11 @@ impl Endpoint {
             self.connections.keep(connection, Instant::now());
         }
         let status = head.status.as_u16();
-        if head.status.is_success() {
-            // What it says is of no use to anybody.
-            return Outcome::of_status(status, "", String::new(), None);
-        }
-        let reason = head.status.canonical_reason().unwrap_or("no success");
+        let reason = if head.status.is_success() {
+            ""
+        } else {
+            head.status.canonical_reason().unwrap_or("no success")
+        };
         let after = answer::retry_after(head.status, &head.headers, SystemTime::now());
         Outcome::of_status(status, reason, answer::text(&start), after)
     }

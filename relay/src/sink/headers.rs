@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: PostgreSQL
 //! The headers that a subscription adds to every event, with its secrets filled in.
 
+use std::collections::BTreeMap;
+
 use dtm_core::options::{HeaderSource, Options};
 
 use crate::calls::secrets::{Echoes, Secret, Secrets};
@@ -45,6 +47,14 @@ pub fn of_subscription<'a>(
     options: &'a Options,
     secrets: &'a Secrets,
 ) -> Result<Vec<(&'a str, HeaderText<'a>)>, HeaderProblem> {
+    filled(&options.headers, secrets)
+}
+
+/// Headers by name, with the secrets that they name.
+pub fn filled<'a>(
+    headers: &'a BTreeMap<String, HeaderSource>,
+    secrets: &'a Secrets,
+) -> Result<Vec<(&'a str, HeaderText<'a>)>, HeaderProblem> {
     let filled = |(name, source): (&'a String, &'a HeaderSource)| match source {
         HeaderSource::Text(text) => Ok((name.as_str(), HeaderText::Plain(text))),
         HeaderSource::Secret(secret) => match secrets.get(secret) {
@@ -52,7 +62,7 @@ pub fn of_subscription<'a>(
             None => Err(HeaderProblem::NoSecret { header: name.clone(), name: secret.clone() }),
         },
     };
-    options.headers.iter().map(filled).collect()
+    headers.iter().map(filled).collect()
 }
 
 /// What must not be kept of an answer to such headers.

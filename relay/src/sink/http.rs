@@ -6,11 +6,10 @@ use std::time::Duration;
 
 use dtm_core::options::Options;
 use dtm_core::page::Event;
-use futures_util::future::{BoxFuture, FutureExt as _};
-use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use http::Uri;
 use http::header::{HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 
+use super::attempts::Attempts;
 use super::cloudevents::Unsendable;
 use super::headers::{self, HeaderProblem, HeaderText};
 use super::{SinkError, cloudevents_http as cloudevents};
@@ -85,18 +84,16 @@ fn header_map(set: &[(&str, HeaderText<'_>)]) -> Result<HeaderMap, HeaderProblem
     Ok(headers)
 }
 
-type Attempt<T> = BoxFuture<'static, (T, Outcome)>;
-
 /// Requests of one pipeline that are on their way.
 pub struct HttpSender<T> {
     sink: Arc<HttpSink>,
-    attempts: FuturesUnordered<Attempt<T>>,
+    attempts: Attempts<T>,
 }
 
 impl<T: AsRef<Event> + Send + 'static> HttpSender<T> {
     /// None yet.
     pub fn new(sink: Arc<HttpSink>) -> Self {
-        HttpSender { sink, attempts: FuturesUnordered::new() }
+        HttpSender { sink, attempts: Attempts::new() }
     }
 
     /// How many there are.
@@ -104,28 +101,17 @@ impl<T: AsRef<Event> + Send + 'static> HttpSender<T> {
         self.attempts.len()
     }
 
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.attempts.is_empty()
-    }
-
     /// Makes a request.
     pub fn send(&mut self, item: T) {
         let sink = self.sink.clone();
-        let attempt = async move {
+        self.attempts.push(async move {
             let outcome = sink.send(item.as_ref()).await;
             (item, outcome)
-        };
-        self.attempts.push(attempt.boxed());
+        });
     }
 
     /// Waits for requests that have ended; for ever if there is none.
     pub async fn answers(&mut self) -> Vec<(T, Outcome)> {
-        let Some(answer) = self.attempts.next().await else { return std::future::pending().await };
-        let mut answers = vec![answer];
-        while let Some(Some(answer)) = self.attempts.next().now_or_never() {
-            answers.push(answer);
-        }
-        answers
+        self.attempts.answers().await
     }
 }

@@ -7,16 +7,20 @@ use dtm_core::destination::Destination;
 use dtm_core::options::Options;
 use dtm_core::page::Event;
 
+use self::coordinator::CoordinatorSender;
 use self::http::{HttpSender, HttpSink};
 use self::kafka::{KafkaSender, KafkaSink};
 use crate::calls::http::HttpCaller;
 use crate::calls::outcome::Outcome;
 use crate::calls::secrets::Secrets;
+use crate::coordinator::Coordinator;
 use crate::kafka::cluster::Clusters;
 
+mod attempts;
 pub mod cloudevents;
 pub mod cloudevents_http;
 pub mod cloudevents_kafka;
+pub mod coordinator;
 pub mod headers;
 pub mod http;
 pub mod kafka;
@@ -29,6 +33,8 @@ pub enum Sink {
     Http(Arc<HttpSink>),
     /// Topics of a Kafka cluster.
     Kafka(Arc<KafkaSink>),
+    /// What drives global transactions.
+    Coordinator(Arc<Coordinator>),
 }
 
 /// What all sinks of a relay share.
@@ -83,7 +89,7 @@ impl Sink {
     /// How many events of one key it takes at once: more than one if it keeps their order itself.
     pub fn depth(&self) -> usize {
         match self {
-            Sink::Http(_) => 1,
+            Sink::Http(_) | Sink::Coordinator(_) => 1,
             Sink::Kafka(_) => usize::MAX,
         }
     }
@@ -93,6 +99,9 @@ impl Sink {
         match self {
             Sink::Http(sink) => Sender::Http(HttpSender::new(sink.clone())),
             Sink::Kafka(sink) => Sender::Kafka(Box::new(KafkaSender::new(sink.clone()))),
+            Sink::Coordinator(coordinator) => {
+                Sender::Coordinator(CoordinatorSender::new(coordinator.clone()))
+            }
         }
     }
 }
@@ -103,13 +112,15 @@ pub enum Sender<T> {
     Http(HttpSender<T>),
     /// See there.
     Kafka(Box<KafkaSender<T>>),
+    /// See there.
+    Coordinator(CoordinatorSender<T>),
 }
 
 impl<T: AsRef<Event> + Send + 'static> Sender<T> {
     /// Whether it takes another event now.
     pub fn has_room(&self) -> bool {
         match self {
-            Sender::Http(_) => true,
+            Sender::Http(_) | Sender::Coordinator(_) => true,
             Sender::Kafka(sender) => sender.has_room(),
         }
     }
@@ -119,6 +130,7 @@ impl<T: AsRef<Event> + Send + 'static> Sender<T> {
         match self {
             Sender::Http(sender) => sender.len(),
             Sender::Kafka(sender) => sender.len(),
+            Sender::Coordinator(sender) => sender.len(),
         }
     }
 
@@ -130,8 +142,8 @@ impl<T: AsRef<Event> + Send + 'static> Sender<T> {
     /// Whether anything may be sent: not while somebody else may.
     pub fn hold(&mut self, is_held: bool) {
         match self {
-            // What has been sent is sent, and nothing waits.
-            Sender::Http(_) => {}
+            // What has been sent is sent, and nothing waits; the coordinator looks itself.
+            Sender::Http(_) | Sender::Coordinator(_) => {}
             Sender::Kafka(sender) => sender.hold(is_held),
         }
     }
@@ -141,6 +153,7 @@ impl<T: AsRef<Event> + Send + 'static> Sender<T> {
         match self {
             Sender::Http(sender) => sender.send(item),
             Sender::Kafka(sender) => sender.send(item),
+            Sender::Coordinator(sender) => sender.send(item),
         }
     }
 
@@ -149,6 +162,7 @@ impl<T: AsRef<Event> + Send + 'static> Sender<T> {
         match self {
             Sender::Http(sender) => sender.answers().await,
             Sender::Kafka(sender) => sender.answers().await,
+            Sender::Coordinator(sender) => sender.answers().await,
         }
     }
 }

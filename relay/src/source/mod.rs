@@ -20,5 +20,6 @@ pub mod settings;
 pub mod settlement;
 pub mod tail;
 pub mod tls;
+pub mod transactions;
 pub mod upkeep;
 pub mod url;

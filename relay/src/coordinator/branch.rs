@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: PostgreSQL
+//! Calls of branches: what is sent, as DTM sends it, and what the answer means.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use dtm_core::destination::Destination;
+use dtm_core::page::Event;
+use dtm_core::transaction::{Action, Options};
+use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
+use http::{Method, Uri};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::endpoints::{Endpoints, Health};
+use super::machine::{Answer, Report};
+use crate::calls::http::Endpoint;
+use crate::calls::outcome::{Class, Outcome};
+use crate::calls::secrets::Echoes;
+use crate::sink::headers::{self, HeaderText};
+use crate::sink::kafka::{KafkaSender, KafkaSink};
+use crate::sink::{Outlets, SinkError};
+
+/// Servers whose connections are kept; past that all are forgotten.
+const SERVERS_MAX: usize = 1_000;
+
+/// One call of a transaction.
+#[derive(Clone, Copy, Debug)]
+pub struct Call<'a> {
+    /// Of the transaction.
+    pub gid: &'a str,
+    /// Of the transaction, as DTM names it.
+    pub trans_type: &'a str,
+    /// Of the branch; `00` for asking whether it is committed.
+    pub branch_id: &'a str,
+    /// What the branch is to do.
+    pub op: &'a str,
+    /// The destination.
+    pub action: &'a str,
+    /// The body; without one HTTP's method is GET.
+    pub payload: Option<&'a Bytes>,
+    /// Of a Kafka record.
+    pub key: Option<&'a str>,
+    /// Of a Kafka record: a JSON object of strings.
+    pub headers: Option<&'a str>,
+}
+
+/// Makes calls.
+pub struct Caller {
+    outlets: Outlets,
+    endpoints: Endpoints,
+    /// By scheme and authority.
+    servers: Mutex<BTreeMap<String, Arc<Endpoint>>>,
+    /// What database the transactions are from, for Kafka records.
+    source: String,
+}
+
+/// What came of a call, and whether what waits for its endpoint may go on.
+pub struct Called {
+    /// See there.
+    pub report: Report,
+    /// The endpoint works again.
+    pub revived: Option<String>,
+}
+
+impl Caller {
+    /// Calls go out by these.
+    pub fn new(outlets: Outlets, source: String) -> Self {
+        Caller { outlets, endpoints: Endpoints::default(), servers: Mutex::default(), source }
+    }
+
+    /// Makes a call, unless its endpoint is down.
+    pub async fn call(&self, call: Call<'_>, options: &Options) -> Called {
+        let destination = match Action::parse(call.action) {
+            Ok(Action::Call(destination)) => destination,
+            Ok(Action::Topic(_)) | Err(_) => {
+                return Called {
+                    report: unsendable(format!("{} cannot be called", call.action)),
+                    revived: None,
+                };
+            }
+        };
+        let endpoint = endpoint_of(&destination);
+        if !self.endpoints.admit(&endpoint, call.gid, Instant::now()) {
+            let error = format!("{endpoint} is down: it was not called");
+            let report = Report {
+                answer: Answer::Unknown,
+                was_called: false,
+                status: None,
+                error,
+                endpoint: Some(endpoint),
+            };
+            return Called { report, revived: None };
+        }
+        let ended =
+            Ended { endpoints: &self.endpoints, endpoint: &endpoint, gid: call.gid, health: Health::Fails };
+        let outcome = match destination {
+            Destination::Http(uri) => self.http(uri, call, options).await,
+            Destination::Kafka { cluster, topic } => self
+                .kafka(&cluster, topic, call)
+                .await
+                .unwrap_or_else(|problem| Outcome::without_answer(Class::Unsendable, problem.to_string())),
+        };
+        let answer = judge(&outcome, options);
+        let health = health(&outcome, &answer);
+        let works = ended.with(health);
+        let error = match outcome.body.as_str() {
+            "" => outcome.to_string(),
+            body => format!("{outcome}: {body}"),
+        };
+        let is_its_fault = health != Health::Works;
+        let report = Report {
+            answer,
+            was_called: true,
+            status: outcome.status,
+            error,
+            endpoint: is_its_fault.then(|| endpoint.clone()),
+        };
+        Called { report, revived: works.then_some(endpoint) }
+    }
+
+    async fn http(&self, uri: Uri, call: Call<'_>, options: &Options) -> Outcome {
+        let wrong = |error: String| Outcome::without_answer(Class::Unsendable, error);
+        let (server, uri) = match self.server(&uri).and_then(|server| Ok((server, with_query(&uri, &call)?)))
+        {
+            Ok(found) => found,
+            Err(error) => return wrong(error),
+        };
+        let (headers, echoes) = match self.headers(options) {
+            Ok(found) => found,
+            Err(error) => return wrong(error),
+        };
+        let (method, body) = match call.payload {
+            Some(payload) if !payload.is_empty() => (Method::POST, payload.clone()),
+            _ => (Method::GET, Bytes::new()),
+        };
+        let endpoint = server.at(uri);
+        endpoint.call(method, headers, body, options.request_timeout).await.without(&echoes)
+    }
+
+    fn server(&self, uri: &Uri) -> Result<Arc<Endpoint>, String> {
+        let name = server_of(uri);
+        let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = servers.get(&name) {
+            return Ok(found.clone());
+        }
+        if servers.len() >= SERVERS_MAX {
+            servers.clear();
+        }
+        let made = self.outlets.http.endpoint(uri.clone()).map_err(|error| error.to_string())?;
+        Ok(servers.entry(name).or_insert_with(|| Arc::new(made)).clone())
+    }
+
+    fn headers(&self, options: &Options) -> Result<(HeaderMap, Echoes), String> {
+        let set = headers::filled(&options.branch_headers, &self.outlets.secrets)
+            .map_err(|error| error.to_string())?;
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            (CONTENT_TYPE, "application/json"),
+            (USER_AGENT, concat!("dtm-relay/", env!("CARGO_PKG_VERSION"))),
+        ] {
+            headers.insert(name, HeaderValue::from_static(value));
+        }
+        for (name, text) in &set {
+            let value = HeaderValue::from_bytes(text.text().as_bytes());
+            let (Ok(name), Ok(mut value)) = (HeaderName::from_bytes(name.as_bytes()), value) else {
+                return Err(format!("header {name} cannot be sent"));
+            };
+            value.set_sensitive(matches!(text, HeaderText::Secret(_)));
+            headers.insert(name, value);
+        }
+        Ok((headers, headers::echoes(&set)))
+    }
+
+    /// A record with DTM's names of the call among its headers.
+    async fn kafka(
+        &self,
+        cluster: &str,
+        topic: dtm_core::topic_template::TopicTemplate,
+        call: Call<'_>,
+    ) -> Result<Outcome, SinkError> {
+        let known =
+            self.outlets.kafka.get(cluster).ok_or_else(|| SinkError::NoCluster(cluster.to_owned()))?;
+        let options = dtm_core::options::Options::default();
+        let sink = KafkaSink::new(known.clone(), topic, &options, &self.outlets.secrets, &self.source)?;
+        let mut sender = KafkaSender::new(Arc::new(sink));
+        sender.send(Record(event_of(&call)));
+        let answer = sender.answers().await.pop();
+        Ok(answer.map_or_else(|| Outcome::without_answer(Class::Failed, "no answer"), |(_, outcome)| outcome))
+    }
+}
+
+struct Record(Event);
+
+impl AsRef<Event> for Record {
+    fn as_ref(&self) -> &Event {
+        &self.0
+    }
+}
+
+/// A call as an event: its id is the same each time that it is sent.
+fn event_of(call: &Call<'_>) -> Event {
+    let mut headers: BTreeMap<String, String> =
+        call.headers.and_then(|headers| serde_json::from_str(headers).ok()).unwrap_or_default();
+    for (name, value) in names(call) {
+        headers.insert(format!("dtm-{name}"), value.to_owned());
+    }
+    let name = format!("{}/{}/{}", call.gid, call.branch_id, call.op);
+    Event {
+        seq: 0,
+        published_at_us: jiff::Timestamp::now().as_microsecond(),
+        id: Uuid::new_v5(&Uuid::NAMESPACE_URL, name.as_bytes()),
+        topic: dtm_core::transaction::TOPIC.into(),
+        key: Some(call.key.unwrap_or(call.gid).into()),
+        content_type: "application/json".into(),
+        headers: serde_json::to_string(&headers).ok().map(Into::into),
+        payload: call.payload.cloned(),
+    }
+}
+
+fn names<'a>(call: &Call<'a>) -> [(&'static str, &'a str); 4] {
+    [("gid", call.gid), ("trans_type", call.trans_type), ("branch_id", call.branch_id), ("op", call.op)]
+}
+
+/// A call is over, also where it was given up.
+struct Ended<'a> {
+    endpoints: &'a Endpoints,
+    endpoint: &'a str,
+    gid: &'a str,
+    health: Health,
+}
+
+impl Ended<'_> {
+    fn with(self, health: Health) -> bool {
+        let this = std::mem::ManuallyDrop::new(self);
+        this.endpoints.ended(this.endpoint, this.gid, health, Instant::now(), rand::random())
+    }
+}
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.endpoints.ended(self.endpoint, self.gid, self.health, Instant::now(), rand::random());
+    }
+}
+
+fn unsendable(error: String) -> Report {
+    Report { answer: Answer::Unknown, was_called: true, status: None, error, endpoint: None }
+}
+
+/// What an outcome means to a transaction (DTM's rules; 2xx is success unless the options say otherwise).
+fn judge(outcome: &Outcome, options: &Options) -> Answer {
+    let says = |word: &str| options.outcome_in_body && outcome.body.contains(word);
+    match outcome.status {
+        Some(425) => Answer::Ongoing,
+        _ if says("ONGOING") => Answer::Ongoing,
+        Some(409) => Answer::Failure,
+        _ if says("FAILURE") => Answer::Failure,
+        Some(status) if options.strict_success && status != 200 => Answer::Unknown,
+        _ if outcome.class == Class::Accepted => Answer::Success,
+        _ => Answer::Unknown,
+    }
+}
+
+/// Whether the service works: if it says no or later, it does.
+fn health(outcome: &Outcome, answer: &Answer) -> Health {
+    match (answer, outcome.class) {
+        (Answer::Success | Answer::Failure | Answer::Ongoing, _) | (_, Class::Unsendable) => Health::Works,
+        (Answer::Unknown, Class::Unsent) => Health::Away,
+        (Answer::Unknown, _) => Health::Fails,
+    }
+}
+
+fn server_of(uri: &Uri) -> String {
+    format!("{}://{}", uri.scheme_str().unwrap_or_default(), uri.authority().map_or("", |a| a.as_str()))
+}
+
+fn endpoint_of(destination: &Destination) -> String {
+    match destination {
+        Destination::Http(uri) => server_of(uri),
+        Destination::Kafka { cluster, .. } => format!("kafka://{cluster}"),
+    }
+}
+
+/// The URL with DTM's names of the call in its query.
+fn with_query(uri: &Uri, call: &Call<'_>) -> Result<Uri, String> {
+    let mut query = form_urlencoded::Serializer::new(String::new());
+    query.extend_pairs(names(call));
+    let added = query.finish();
+    let path = uri.path();
+    let target = match uri.query() {
+        Some(own) if !own.is_empty() => format!("{path}?{own}&{added}"),
+        _ => format!("{path}?{added}"),
+    };
+    let mut parts = uri.clone().into_parts();
+    parts.path_and_query = Some(target.parse().map_err(|error| format!("{uri}: {error}"))?);
+    Uri::from_parts(parts).map_err(|error| format!("{uri}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call<'a>(gid: &'a str, action: &'a str) -> Call<'a> {
+        Call {
+            gid,
+            trans_type: "msg",
+            branch_id: "01",
+            op: "action",
+            action,
+            payload: None,
+            key: None,
+            headers: None,
+        }
+    }
+
+    #[test]
+    fn a_url_keeps_its_query_and_gets_the_names_of_the_call() {
+        let url =
+            |text: &str, gid: &str| with_query(&text.parse().unwrap(), &call(gid, text)).unwrap().to_string();
+        assert_eq!(
+            url("http://h:8/a?x=1", "g"),
+            "http://h:8/a?x=1&gid=g&trans_type=msg&branch_id=01&op=action"
+        );
+        assert_eq!(
+            url("https://h", "a b&c=ü"),
+            "https://h/?gid=a+b%26c%3D%C3%BC&trans_type=msg&branch_id=01&op=action"
+        );
+    }
+
+    #[test]
+    fn answers_mean_what_they_mean_to_dtm() {
+        let (ours, strict) = (Options::default(), Options { strict_success: true, ..Options::default() });
+        let words = Options { outcome_in_body: true, ..Options::default() };
+        let answer = |status, body: &str, options: &Options| {
+            judge(&Outcome::of_status(status, "", body.to_owned(), None), options)
+        };
+        for (status, body, options, expected) in [
+            (200, "", &ours, Answer::Success),
+            (204, "", &ours, Answer::Success),
+            (204, "", &strict, Answer::Unknown),
+            (200, "", &strict, Answer::Success),
+            (409, "", &ours, Answer::Failure),
+            (425, "", &strict, Answer::Ongoing),
+            (500, "FAILURE", &ours, Answer::Unknown),
+            (500, "FAILURE", &words, Answer::Failure),
+            (200, "{\"dtm_result\":\"ONGOING\"}", &words, Answer::Ongoing),
+            (200, "FAILURE", &ours, Answer::Success),
+            (404, "", &ours, Answer::Unknown),
+        ] {
+            assert_eq!(answer(status, body, options), expected, "{status} {body}");
+        }
+        let unsent = Outcome::without_answer(Class::Unsent, "x");
+        assert_eq!(judge(&unsent, &ours), Answer::Unknown);
+        assert_eq!(health(&unsent, &Answer::Unknown), Health::Away);
+    }
+
+    #[test]
+    fn a_record_has_the_same_id_each_time_and_the_names_of_the_call() {
+        let (once, again) = (event_of(&call("g", "kafka://m/t")), event_of(&call("g", "kafka://m/t")));
+        assert_eq!(once.id, again.id);
+        assert_ne!(once.id, event_of(&call("h", "kafka://m/t")).id);
+        assert!(once.headers.as_deref().is_some_and(|headers| headers.contains("\"dtm-gid\":\"g\"")));
+    }
+}

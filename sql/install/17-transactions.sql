@@ -1,0 +1,172 @@
+-- SPDX-License-Identifier: PostgreSQL
+-- Global transactions: what is to be done, how far it is, and when it is tried again. The relay's coordinator drives them to their
+-- end. One that is submitted announces itself by an event of the topic dtm.transactions, to which the coordinator has the
+-- subscription of that name; only what is prepared, delayed or has failed waits in dtm.due.
+
+CREATE SEQUENCE dtm.transaction_id_seq AS bigint;
+-- A row is written when it is made and when it ends; the room for the second version is kept free beside it.
+CREATE TABLE dtm.transaction (
+    id             bigint      NOT NULL DEFAULT pg_catalog.nextval('dtm.transaction_id_seq'),
+    gid            text        PRIMARY KEY,
+    trans_type     text        NOT NULL CHECK (trans_type IN ('msg')),
+    status         text        NOT NULL CHECK (status IN ('prepared', 'submitted', 'aborting', 'succeed', 'failed')),
+    branches       jsonb       NOT NULL,   -- [{"branch_id", "op", "action", "key", "headers"}, …] in the order of their calls
+    payloads       bytea[]     NOT NULL,   -- of each branch, as it goes over the wire; null: none
+    query_prepared text,                   -- who is asked whether a prepared one is committed
+    options        jsonb       NOT NULL,
+    created_at     timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    finished_at    timestamptz,
+    reason         text,                   -- why it failed
+    failures       int         NOT NULL DEFAULT 0,  -- since it last got ahead: how long the pause to the next attempt is
+    last_error     text,                   -- of asking whether it is committed
+    stuck_since    timestamptz             -- it waits for somebody's decision
+) WITH (fillfactor = 60);
+CREATE UNIQUE INDEX transaction_id ON dtm.transaction (id);
+CREATE INDEX transaction_stuck ON dtm.transaction (gid) WHERE stuck_since IS NOT NULL;
+
+-- Branches of which there is more to tell than their transaction's status does.
+CREATE TABLE dtm.branch (
+    gid             text        NOT NULL,
+    branch_id       text        NOT NULL,
+    op              text        NOT NULL,
+    status          text        NOT NULL CHECK (status IN ('prepared', 'succeed', 'failed')),
+    attempts        int         NOT NULL,
+    last_status     int,                   -- of the last answer, where it was HTTP's
+    last_error      text,
+    last_attempt_at timestamptz NOT NULL,
+    finished_at     timestamptz,
+    PRIMARY KEY (gid, branch_id, op)
+);
+
+-- What is done when its time has come.
+CREATE TABLE dtm.due (
+    gid      text        PRIMARY KEY,
+    due_at   timestamptz NOT NULL,
+    endpoint text                          -- of the call that failed: when it works again, nobody waits any longer
+);
+CREATE INDEX due_due_at ON dtm.due (due_at);
+CREATE INDEX due_endpoint ON dtm.due (endpoint) WHERE endpoint IS NOT NULL;
+
+SELECT pg_catalog.pg_extension_config_dump('dtm.transaction_id_seq', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.transaction', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.branch', '');
+SELECT pg_catalog.pg_extension_config_dump('dtm.due', '');
+
+-- The setting dtm.transactions_kept.
+CREATE FUNCTION dtm.transactions_kept() RETURNS interval
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'transactions_kept_wrapper';
+CREATE FUNCTION dtm.shard_of_gid(gid text, shards int) RETURNS int
+LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'shard_of_gid_wrapper';
+
+-- A submitted transaction announces itself.
+CREATE FUNCTION dtm.announce(gid text) RETURNS void
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT dtm.append(gen_random_uuid(), 'dtm.transactions', gid, NULL, NULL, NULL);
+END;
+
+CREATE FUNCTION dtm.raise_no_transaction(gid text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION USING
+        ERRCODE = 'undefined_object',
+        MESSAGE = 'there is no such transaction',
+        DETAIL = format('The gid is %s.', coalesce(quote_literal(left(gid, 150)), 'null')),
+        HINT = 'SELECT gid FROM dtm.transactions lists them. Those that have ended are kept for dtm.transactions_kept.';
+END
+$$;
+
+CREATE FUNCTION dtm.raise_wrong_status(gid text, status text, what text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION USING
+        ERRCODE = 'object_not_in_prerequisite_state',
+        MESSAGE = format('the transaction is %s and cannot be %s', status, what),
+        DETAIL = format('The gid is %s.', quote_literal(gid)),
+        HINT = 'dtm.transactions and dtm.branches show how far it is.';
+END
+$$;
+
+-- Ends a transaction where it stands: nothing more is called, nothing that was done is taken back.
+CREATE FUNCTION dtm.force_stop(gid text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    old text := (SELECT t.status FROM dtm.transaction t WHERE t.gid = force_stop.gid FOR UPDATE);
+BEGIN
+    IF old IS NULL THEN
+        PERFORM dtm.raise_no_transaction(gid);
+    ELSIF old IN ('succeed', 'failed') THEN
+        PERFORM dtm.raise_wrong_status(gid, old, 'stopped');
+    END IF;
+    UPDATE dtm.transaction t
+    SET status = 'failed', finished_at = clock_timestamp(), stuck_since = NULL, reason = 'stopped by dtm.force_stop'
+    WHERE t.gid = force_stop.gid;
+    DELETE FROM dtm.due d WHERE d.gid = force_stop.gid;
+END
+$$;
+
+-- Tries now what waits for its next attempt. One that stood still begins its attempts anew.
+CREATE FUNCTION dtm.retry_now(gid text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    old text := (SELECT t.status FROM dtm.transaction t WHERE t.gid = retry_now.gid FOR UPDATE);
+BEGIN
+    IF old IS NULL THEN
+        PERFORM dtm.raise_no_transaction(gid);
+    ELSIF old IN ('succeed', 'failed') THEN
+        PERFORM dtm.raise_wrong_status(gid, old, 'tried again');
+    END IF;
+    UPDATE dtm.transaction t SET failures = 0, stuck_since = NULL
+    WHERE t.gid = retry_now.gid AND (t.failures <> 0 OR t.stuck_since IS NOT NULL);
+    INSERT INTO dtm.due AS d (gid, due_at) VALUES (retry_now.gid, clock_timestamp())
+    ON CONFLICT ON CONSTRAINT due_pkey DO UPDATE SET due_at = excluded.due_at;
+END
+$$;
+
+CREATE VIEW dtm.transactions AS
+SELECT t.gid, t.trans_type, t.status, t.created_at, t.finished_at, t.reason, t.failures,
+       coalesce(t.last_error, b.last_error) AS last_error, d.due_at AS next_attempt_at, t.stuck_since,
+       t.query_prepared, t.options, t.id
+FROM dtm.transaction t
+LEFT JOIN dtm.due d ON d.gid = t.gid
+LEFT JOIN LATERAL (
+    SELECT f.last_error FROM dtm.branch f
+    WHERE f.gid = t.gid AND f.status = 'prepared' ORDER BY f.last_attempt_at DESC LIMIT 1) b ON true;
+
+COMMENT ON VIEW dtm.transactions IS 'Global transactions and how far they are. next_attempt_at: where one waits.';
+
+-- A branch without a row of its own was called once, or not at all: what its transaction says holds for it.
+CREATE VIEW dtm.branches AS
+SELECT t.gid, step ->> 'branch_id' AS branch_id, step ->> 'op' AS op, step ->> 'action' AS action,
+       coalesce(b.status, CASE t.status WHEN 'succeed' THEN 'succeed' ELSE 'prepared' END) AS status,
+       coalesce(b.attempts, CASE t.status WHEN 'succeed' THEN 1 ELSE 0 END) AS attempts,
+       b.last_status, b.last_error, b.last_attempt_at,
+       CASE WHEN b.status = 'prepared' THEN d.due_at END AS next_attempt_at,
+       coalesce(b.finished_at, CASE WHEN b.status IS NULL AND t.status = 'succeed' THEN t.finished_at END) AS finished_at,
+       t.payloads[n] AS payload
+FROM dtm.transaction t
+CROSS JOIN LATERAL pg_catalog.jsonb_array_elements(t.branches) WITH ORDINALITY AS of_transaction (step, n)
+LEFT JOIN dtm.branch b ON b.gid = t.gid AND b.branch_id = step ->> 'branch_id' AND b.op = step ->> 'op'
+LEFT JOIN dtm.due d ON d.gid = t.gid;
+
+COMMENT ON VIEW dtm.branches IS 'The calls of global transactions: what came of each, and when it is made again.';
+
+-- A bounded part of what has ended long ago.
+CREATE FUNCTION dtm.purge_transactions(max_rows int) RETURNS bigint
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    gone text[];
+BEGIN
+    WITH old AS (
+        SELECT t.gid FROM dtm.transaction t
+        WHERE t.created_at < clock_timestamp() - dtm.transactions_kept() ORDER BY t.id LIMIT max_rows
+    ), deleted AS (
+        DELETE FROM dtm.transaction t USING old
+        WHERE t.gid = old.gid AND t.finished_at < clock_timestamp() - dtm.transactions_kept()
+        RETURNING t.gid
+    )
+    SELECT array_agg(d.gid) INTO gone FROM deleted d;
+    DELETE FROM dtm.branch b WHERE b.gid = ANY (gone);
+    RETURN coalesce(cardinality(gone), 0);
+END
+$$;

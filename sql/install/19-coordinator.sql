@@ -1,0 +1,147 @@
+-- SPDX-License-Identifier: PostgreSQL
+-- What a relay's coordinator calls.
+
+CREATE FUNCTION dtm.flush() RETURNS void
+LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'flush_wal_wrapper';
+
+-- The first transaction of a database calls for its coordinator: a subscription of its own, so that it is shared, moved, paused
+-- after a restore, and seen, as others are. What was submitted before it is there waits in dtm.due.
+CREATE FUNCTION dtm.start_coordinator() RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    subscription_id bigint;
+BEGIN
+    INSERT INTO dtm.subscription AS s (name, topics, destination, options, era)
+    VALUES ('dtm.transactions', '{dtm.transactions}', 'coordinator:', '{"shards": 4, "max_in_flight": 1024}',
+            (SELECT era FROM dtm.installation))
+    ON CONFLICT ON CONSTRAINT subscription_name_key DO NOTHING
+    RETURNING s.id INTO subscription_id;
+    IF FOUND THEN
+        PERFORM dtm.start_subscription(subscription_id, 'now');
+        -- A statement of its own: whatever it does not see lies past the subscription's cursor.
+        INSERT INTO dtm.due (gid, due_at)
+        SELECT t.gid, clock_timestamp() FROM dtm.transaction t WHERE t.status IN ('submitted', 'aborting')
+        ON CONFLICT ON CONSTRAINT due_pkey DO NOTHING;
+    END IF;
+END
+$$;
+
+-- Transactions that have not ended, with all that there is to know. undecidable: barriers of so long ago may be gone, so nobody
+-- is asked any more.
+CREATE FUNCTION dtm.relay_transactions(gids text[])
+RETURNS TABLE (gid text, trans_type text, status text, branches text, payloads bytea[], query_prepared text, options text,
+               failures int, undecidable boolean, waits boolean, known text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET jit = off
+BEGIN ATOMIC
+    SELECT t.gid, t.trans_type, t.status, t.branches::text, t.payloads, t.query_prepared, t.options::text, t.failures,
+           t.created_at < clock_timestamp() - dtm.barriers_kept() / 2,
+           EXISTS (SELECT FROM dtm.due d WHERE d.gid = t.gid),
+           (SELECT jsonb_agg(jsonb_build_object('branch_id', b.branch_id, 'op', b.op, 'status', b.status, 'attempts', b.attempts))
+            FROM dtm.branch b WHERE b.gid = t.gid)::text
+    FROM dtm.transaction t
+    WHERE t.gid = ANY (gids) AND t.status IN ('prepared', 'submitted', 'aborting') AND t.stuck_since IS NULL;
+END;
+
+-- What is due in the shards that a relay owns, but for what it is at already; and in how many seconds the next is.
+CREATE FUNCTION dtm.relay_due_transactions(shards int, own int[], busy text[], max_rows int, OUT gids text[], OUT next_in float8)
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+BEGIN
+    gids := ARRAY(
+        SELECT d.gid FROM dtm.due d
+        WHERE d.due_at <= clock_timestamp() AND d.gid <> ALL (busy) AND dtm.shard_of_gid(d.gid, shards) = ANY (own)
+        ORDER BY d.due_at LIMIT max_rows);
+    SELECT extract(epoch FROM min(d.due_at) - clock_timestamp()) INTO next_in FROM dtm.due d WHERE d.due_at > clock_timestamp();
+    IF gids <> '{}' THEN
+        -- What a crash could still take back is not acted on.
+        PERFORM dtm.flush();
+    END IF;
+END
+$$;
+
+-- Messages whose branches were all called with success: those that it ends.
+CREATE FUNCTION dtm.relay_succeed(gids text[]) RETURNS text[]
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
+DECLARE
+    ended text[];
+BEGIN
+    -- Nobody's open transaction holds up the others: what is locked is tried again.
+    BEGIN
+        WITH done AS (
+            UPDATE dtm.transaction t SET status = 'succeed', finished_at = clock_timestamp()
+            WHERE t.gid = ANY (gids) AND t.status = 'submitted' RETURNING t.gid
+        )
+        SELECT array_agg(d.gid) INTO ended FROM done d;
+    EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+        WITH free AS MATERIALIZED (
+            SELECT t.gid FROM dtm.transaction t
+            WHERE t.gid = ANY (gids) AND t.status = 'submitted' FOR UPDATE SKIP LOCKED
+        ), done AS (
+            UPDATE dtm.transaction t SET status = 'succeed', finished_at = clock_timestamp()
+            FROM free WHERE t.gid = free.gid RETURNING t.gid
+        )
+        SELECT array_agg(d.gid) INTO ended FROM done d;
+    END;
+    RETURN coalesce(ended, '{}');
+END
+$$;
+
+-- What came of passes that were not all success. Each is an object: gid, "from" (the status it leaves), "to", reason, failures,
+-- retry_in (seconds; null: it waits for nothing), endpoint, error, stuck, and branches: those that something came of. Answers
+-- those that still had the status they leave.
+CREATE FUNCTION dtm.relay_settle(settlements jsonb) RETURNS text[]
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    settled text[];
+BEGIN
+    WITH settlement AS MATERIALIZED (
+        SELECT * FROM jsonb_to_recordset(settlements) AS s (
+            gid text, "from" text, "to" text, reason text, failures int, retry_in float8, endpoint text, error text, stuck boolean)
+    ), free AS MATERIALIZED (
+        SELECT t.gid FROM dtm.transaction t JOIN settlement s ON s.gid = t.gid AND s."from" = t.status
+        FOR UPDATE OF t SKIP LOCKED
+    ), moved AS (
+        UPDATE dtm.transaction t
+        SET status = s."to", failures = s.failures, last_error = s.error, reason = coalesce(s.reason, t.reason),
+            finished_at = CASE WHEN s."to" IN ('succeed', 'failed') THEN clock_timestamp() END,
+            stuck_since = CASE WHEN s.stuck THEN clock_timestamp() END
+        FROM settlement s JOIN free ON free.gid = s.gid
+        WHERE t.gid = s.gid
+        RETURNING t.gid
+    ), waits AS (
+        INSERT INTO dtm.due AS d (gid, due_at, endpoint)
+        SELECT s.gid, clock_timestamp() + make_interval(secs => s.retry_in), s.endpoint
+        FROM settlement s JOIN moved m ON m.gid = s.gid WHERE s.retry_in IS NOT NULL
+        ON CONFLICT ON CONSTRAINT due_pkey DO UPDATE SET due_at = excluded.due_at, endpoint = excluded.endpoint
+    ), over AS (
+        DELETE FROM dtm.due d USING settlement s JOIN moved m ON m.gid = s.gid
+        WHERE d.gid = s.gid AND s.retry_in IS NULL
+    ), known AS (
+        INSERT INTO dtm.branch AS b (gid, branch_id, op, status, attempts, last_status, last_error, last_attempt_at, finished_at)
+        SELECT m.gid, n.branch_id, n.op, n.status, n.attempts, n.last_status, n.last_error, clock_timestamp(),
+               CASE WHEN n.status <> 'prepared' THEN clock_timestamp() END
+        FROM moved m
+        JOIN jsonb_array_elements(settlements) AS e (settlement) ON e.settlement ->> 'gid' = m.gid
+        CROSS JOIN jsonb_to_recordset(e.settlement -> 'branches') AS n (
+            branch_id text, op text, status text, attempts int, last_status int, last_error text)
+        ON CONFLICT ON CONSTRAINT branch_pkey DO UPDATE
+        SET status = excluded.status, attempts = excluded.attempts, last_status = excluded.last_status,
+            last_error = excluded.last_error, last_attempt_at = excluded.last_attempt_at, finished_at = excluded.finished_at
+    )
+    SELECT array_agg(m.gid) INTO settled FROM moved m;
+    RETURN coalesce(settled, '{}');
+END
+$$;
+
+-- An endpoint works again: a part of what waits for it is due. Answers how many.
+CREATE FUNCTION dtm.relay_revive(endpoint text, max_rows int) RETURNS int
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    revived int;
+BEGIN
+    UPDATE dtm.due SET due_at = clock_timestamp(), endpoint = NULL WHERE ctid = ANY (ARRAY(
+        SELECT d.ctid FROM dtm.due d WHERE d.endpoint = relay_revive.endpoint
+        LIMIT max_rows FOR UPDATE SKIP LOCKED));
+    GET DIAGNOSTICS revived = ROW_COUNT;
+    RETURN revived;
+END
+$$;
