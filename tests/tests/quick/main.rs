@@ -10,6 +10,7 @@ mod dead_letters;
 mod delivery;
 mod encodings;
 mod lag;
+mod messages;
 mod pg_upgrade;
 mod positions;
 mod privileges;

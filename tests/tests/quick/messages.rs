@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: PostgreSQL
+//! 2-phase messages: called if and only if the business transaction commits, in order, until all is done; asked about where that is
+//! not known; and whatever is wrong with one is said before anything is done.
+
+use std::time::Duration;
+
+use dtm_tests::cluster::Cluster;
+use dtm_tests::receiver::{Received, Receiver, Reply};
+use dtm_tests::relay::Relay;
+use tokio_postgres::Client;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+async fn shop() -> (Cluster, Client) {
+    let cluster = Cluster::builder().start().await;
+    cluster.create_database("shop").await;
+    let client = cluster.connect("shop").await;
+    (cluster, client)
+}
+
+/// Waits until the answer to a query is the expected one.
+async fn wait_for(client: &Client, sql: &str, expected: &str) {
+    let begin = std::time::Instant::now();
+    loop {
+        let found: Option<String> = client.query_one(sql, &[]).await.expect("an answer").get(0);
+        if found.as_deref() == Some(expected) {
+            return;
+        }
+        assert!(begin.elapsed() < PATIENCE, "{sql} is {found:?}, not {expected}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn status_is(client: &Client, gid: &str, expected: &str) {
+    let sql = format!("SELECT max(status) FROM dtm.transactions WHERE gid = '{gid}'");
+    wait_for(client, &sql, expected).await;
+}
+
+fn targets(received: &[Received]) -> Vec<&str> {
+    received.iter().map(|request| request.target.as_str()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_is_called_as_dtm_calls_it_if_and_only_if_its_transaction_commits() {
+    let (cluster, client) = shop().await;
+    let receiver = Receiver::start().await;
+    let _relay = Relay::start(&cluster.url("shop"));
+    let steps =
+        format!(r#"[{{"action": "{0}?x=1", "payload": {{"id": 7}}}}, {{"action": "{0}"}}]"#, receiver.url());
+    let send =
+        format!("SELECT dtm.msg_send('{steps}', $1, '{{\"branch_headers\": {{\"x-tenant\": \"9\"}}}}')");
+    client.batch_execute("BEGIN").await.expect("BEGIN");
+    client.query(&send, &[&"rolled-back"]).await.expect("msg_send");
+    client.batch_execute("ROLLBACK").await.expect("ROLLBACK");
+    client.query(&send, &[&"g 1"]).await.expect("msg_send");
+    status_is(&client, "g 1", "succeed").await;
+    let received = receiver.received();
+    assert_eq!(
+        targets(&received),
+        [
+            "/events?x=1&gid=g+1&trans_type=msg&branch_id=01&op=action",
+            "/events?gid=g+1&trans_type=msg&branch_id=02&op=action"
+        ]
+    );
+    assert_eq!((received[0].method.as_str(), &received[0].body[..]), ("POST", &br#"{"id": 7}"#[..]));
+    assert_eq!((received[1].method.as_str(), received[1].body.len()), ("GET", 0));
+    assert_eq!(
+        (received[0].header("content-type"), received[0].header("x-tenant")),
+        ("application/json", "9")
+    );
+    let again = client.query(&send, &[&"g 1"]).await.expect_err("a gid that exists");
+    assert_eq!(again.code().map(|code| code.code()), Some("23505"));
+    let sql =
+        "SELECT string_agg(branch_id || op || status || attempts, ' ' ORDER BY branch_id) FROM dtm.branches";
+    wait_for(&client, sql, "01actionsucceed1 02actionsucceed1").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_that_fails_is_tried_again_before_the_next_and_what_came_of_it_is_shown() {
+    let (cluster, client) = shop().await;
+    let receiver = Receiver::start_with(|request| {
+        Reply::Body(if request.target.contains("branch_id=02") { 500 } else { 200 }, "no stock".into())
+    })
+    .await;
+    let _relay = Relay::start(&cluster.url("shop"));
+    let step = format!(r#"{{"action": "{}", "payload": 1}}"#, receiver.url());
+    let options = r#"{"retry_interval": "20ms"}"#;
+    let sql = format!("SELECT dtm.msg_send('[{step}, {step}, {step}]', 'm', '{options}')");
+    client.batch_execute(&sql).await.expect("msg_send");
+    let shown = "SELECT (SELECT string_agg(branch_id || status, ' ' ORDER BY branch_id) FROM dtm.branches) || ' '
+                 || max(last_status) || ' ' || max(last_error) || ' ' || (max(attempts) > 2) FROM dtm.branches WHERE branch_id = '02'";
+    wait_for(&client, shown, "01succeed 02prepared 03prepared 500 500 Internal Server Error: no stock true")
+        .await;
+    let waiting = "SELECT (next_attempt_at IS NOT NULL AND failures > 1 AND last_error LIKE '500%')::text FROM dtm.transactions";
+    wait_for(&client, waiting, "true").await;
+    receiver.behave(|_| Reply::status(200));
+    status_is(&client, "m", "succeed").await;
+    let count = |branch: &str| receiver.received().iter().filter(|r| r.target.contains(branch)).count();
+    assert_eq!((count("branch_id=01"), count("branch_id=03")), (1, 1), "what was done is not done again");
+    let left = "SELECT count(*)::text FROM dtm.due";
+    wait_for(&client, left, "0").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_delayed_waits_and_what_is_concurrent_goes_side_by_side() {
+    let (cluster, client) = shop().await;
+    let receiver = Receiver::start_with(|_| Reply::slow(200, Duration::from_millis(300))).await;
+    let _relay = Relay::start(&cluster.url("shop"));
+    let step = format!(r#"{{"action": "{}", "payload": 1}}"#, receiver.url());
+    let sql =
+        |gid: &str, options: &str| format!("SELECT dtm.msg_send('[{step}, {step}]', '{gid}', '{options}')");
+    client.batch_execute(&sql("d", r#"{"delay": 1.5}"#)).await.expect("msg_send");
+    client.batch_execute(&sql("c", r#"{"concurrent": true}"#)).await.expect("msg_send");
+    status_is(&client, "c", "succeed").await;
+    let received = receiver.received();
+    assert!(received[1].at - received[0].at < Duration::from_millis(250), "one after the other");
+    status_is(&client, "d", "submitted").await;
+    status_is(&client, "d", "succeed").await;
+    let sql = "SELECT (finished_at - created_at >= '1.5 s')::text FROM dtm.transactions WHERE gid = 'd'";
+    wait_for(&client, sql, "true").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_prepared_is_submitted_aborted_or_asked_about() {
+    let (cluster, client) = shop().await;
+    let services = Receiver::start_with(|request| {
+        let is_asked = request.target.contains("branch_id=00");
+        Reply::status(match () {
+            () if is_asked && request.target.contains("gid=rolled-back") => 409,
+            () if is_asked && request.target.contains("gid=open") => 425,
+            () => 200,
+        })
+    })
+    .await;
+    let _relay = Relay::start(&cluster.url("shop"));
+    let prepare = |gid: &str, seconds: f64| {
+        format!(
+            "SELECT dtm.msg_prepare('{gid}', '[{{\"action\": \"{0}\", \"payload\": 1}}]', '{0}',
+             '{{\"timeout_to_fail\": {seconds}, \"retry_interval\": 0.05}}')",
+            services.url()
+        )
+    };
+    for (gid, seconds) in
+        [("submitted", 60.0), ("aborted", 60.0), ("committed", 0.2), ("rolled-back", 0.2), ("open", 0.2)]
+    {
+        client.batch_execute(&prepare(gid, seconds)).await.expect("msg_prepare");
+    }
+    client
+        .batch_execute("SELECT dtm.msg_submit('submitted'); SELECT dtm.msg_submit('submitted')")
+        .await
+        .expect("msg_submit");
+    client.batch_execute("SELECT dtm.msg_abort('aborted', 'no money')").await.expect("msg_abort");
+    for (gid, status) in [
+        ("submitted", "succeed"),
+        ("aborted", "failed"),
+        ("committed", "succeed"),
+        ("rolled-back", "failed"),
+        ("open", "prepared"),
+    ] {
+        status_is(&client, gid, status).await;
+    }
+    let asked = |gid: &str| {
+        let asked = format!("?gid={gid}&trans_type=msg&branch_id=00&op=msg");
+        let received = services.received();
+        (
+            received.iter().filter(|r| r.target.ends_with(&asked) && r.method == "GET").count(),
+            received
+                .iter()
+                .filter(|r| r.target.contains(&format!("gid={gid}&")) && r.target.contains("op=action"))
+                .count(),
+        )
+    };
+    assert_eq!(
+        (asked("submitted"), asked("aborted"), asked("committed"), asked("rolled-back")),
+        ((0, 1), (0, 0), (1, 1), (1, 0))
+    );
+    services
+        .wait_until("asking again", PATIENCE, |received| {
+            received.iter().filter(|r| r.target.contains("gid=open&")).count() > 2
+        })
+        .await;
+    let late = client.batch_execute("SELECT dtm.msg_submit('rolled-back')").await.expect_err("it has failed");
+    assert_eq!(late.code().map(|code| code.code()), Some("55000"));
+    let late = client.batch_execute("SELECT dtm.msg_abort('committed')").await.expect_err("it has succeeded");
+    assert_eq!(late.code().map(|code| code.code()), Some("55000"));
+    client.batch_execute("SELECT dtm.force_stop('open')").await.expect("force_stop");
+    status_is(&client, "open", "failed").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_is_called_by_all_that_are_subscribed_to_it() {
+    let (cluster, client) = shop().await;
+    let receiver = Receiver::start().await;
+    let _relay = Relay::start(&cluster.url("shop"));
+    let unknown = client
+        .batch_execute(r#"SELECT dtm.msg_send('[{"action": "topic://paid"}]')"#)
+        .await
+        .expect_err("nobody");
+    assert_eq!(unknown.code().map(|code| code.code()), Some("42704"));
+    let sql = format!(
+        "INSERT INTO dtm.msg_topics (topic, url) VALUES ('paid', '{0}?a'), ('paid', '{0}?b'), ('sent', '{0}?c')",
+        receiver.url()
+    );
+    client.batch_execute(&sql).await.expect("topics");
+    let sql = r#"SELECT dtm.msg_send('[{"action": "topic://paid", "payload": [1]}, {"action": "topic://sent", "payload": 2}]', 't')"#;
+    client.batch_execute(sql).await.expect("msg_send");
+    status_is(&client, "t", "succeed").await;
+    let query = "gid=t&trans_type=msg&branch_id";
+    assert_eq!(
+        targets(&receiver.received()),
+        [
+            format!("/events?a&{query}=01-01&op=action"),
+            format!("/events?b&{query}=01-02&op=action"),
+            format!("/events?c&{query}=02&op=action"),
+        ]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_nobody_can_decide_any_more_stands_still_until_somebody_does() {
+    let (cluster, client) = shop().await;
+    let receiver = Receiver::start().await;
+    client.batch_execute("ALTER DATABASE shop SET dtm.barriers_kept = '1s'").await.expect("a setting");
+    let mut relay = Relay::start(&cluster.url("shop"));
+    let sql = format!(
+        "SELECT dtm.msg_prepare('old', '[{{\"action\": \"{0}\", \"payload\": 1}}]', '{0}', '{{\"timeout_to_fail\": 0.6}}');
+         SELECT dtm.msg_send('[{{\"action\": \"http://127.0.0.1:1/\"}}]', 'limited', '{{\"retry_limit\": 2, \"retry_interval\": 0.01}}')",
+        receiver.url()
+    );
+    client.batch_execute(&sql).await.expect("msg_prepare");
+    for gid in ["old", "limited"] {
+        let sql = format!("SELECT (stuck_since IS NOT NULL)::text FROM dtm.transactions WHERE gid = '{gid}'");
+        wait_for(&client, &sql, "true").await;
+    }
+    status_is(&client, "old", "prepared").await;
+    assert_eq!(receiver.count(), 0, "nobody is asked");
+    relay.wait_for_log("stands still").await;
+    client.batch_execute("SELECT dtm.msg_submit('old')").await.expect("msg_submit");
+    status_is(&client, "old", "succeed").await;
+    client.batch_execute("SELECT dtm.retry_now('limited')").await.expect("retry_now");
+    wait_for(&client, "SELECT attempts::text FROM dtm.branches WHERE gid = 'limited'", "3").await;
+    assert!(relay.terminate().await.success());
+}
+
+#[tokio::test]
+async fn wrong_messages_are_refused_with_a_reason_and_leave_nothing() {
+    let (_cluster, client) = shop().await;
+    let good = r#"[{"action": "https://h/x"}]"#;
+    let long = "x".repeat(129);
+    for (call, code) in [
+        (r#"dtm.msg_send('{}')"#.to_owned(), "22023"),
+        ("dtm.msg_send(NULL)".to_owned(), "22023"),
+        (r#"dtm.msg_send('[{"action": "amqp://h/x"}]')"#.to_owned(), "0A000"),
+        (r#"dtm.msg_send('[{"action": "https://u:p@h/x"}]')"#.to_owned(), "22023"),
+        (r#"dtm.msg_send('[{"action": "https://h/x", "data": 1}]')"#.to_owned(), "22023"),
+        (format!("dtm.msg_send('{good}', '{long}')"), "22023"),
+        (format!("dtm.msg_send('{good}', '')"), "22023"),
+        (format!("dtm.msg_send('{good}', 'a;b')"), "22023"),
+        (format!("dtm.msg_send('{good}', 'g', '{{\"delay\": -1}}')"), "22023"),
+        (format!("dtm.msg_send('{good}', 'g', '{{\"retries\": 1}}')"), "22023"),
+        (format!("dtm.msg_send('{good}', 'g', NULL)"), "22023"),
+        (format!("dtm.msg_prepare('g', '{good}', NULL)"), "22023"),
+        (format!("dtm.msg_prepare('g', '{good}', 'ask')"), "22023"),
+        (format!("dtm.msg_prepare(NULL, '{good}', 'https://h/ask')"), "22023"),
+        ("dtm.msg_submit('nobody')".to_owned(), "42704"),
+        ("dtm.msg_abort(NULL)".to_owned(), "42704"),
+        ("dtm.force_stop('nobody')".to_owned(), "42704"),
+        ("dtm.retry_now('nobody')".to_owned(), "42704"),
+        ("dtm.subscribe('dtm.mine', 'a', 'https://h/')".to_owned(), "22023"),
+        ("dtm.unsubscribe('dtm.transactions')".to_owned(), "42501"),
+        ("dtm.rewind('dtm.transactions', 'now')".to_owned(), "42501"),
+    ] {
+        let error = client.batch_execute(&format!("SELECT {call}")).await.expect_err(&call);
+        let error = error.as_db_error().expect("an error of the database");
+        assert_eq!(error.code().code(), code, "{call}: {error}");
+        assert!(
+            error.detail().is_some() && error.hint().is_some() || code == "22023" && error.hint().is_some(),
+            "{call}"
+        );
+    }
+    let count: i64 =
+        client.query_one("SELECT count(*) FROM dtm.transactions", &[]).await.expect("a count").get(0);
+    assert_eq!(count, 0);
+}
+
+#[tokio::test]
+async fn who_may_send_needs_no_rights_on_tables() {
+    let (cluster, client) = shop().await;
+    let sql = "CREATE ROLE app LOGIN; GRANT USAGE ON SCHEMA dtm TO app;
+               GRANT EXECUTE ON FUNCTION dtm.msg_send, dtm.msg_prepare, dtm.msg_submit, dtm.msg_abort TO app";
+    client.batch_execute(sql).await.expect("a role");
+    let app = cluster.connect_as("app", "shop").await;
+    let steps = r#"'[{"action": "https://h/x"}]'"#;
+    let sql = format!("SELECT dtm.msg_send({steps}); SELECT dtm.msg_prepare('p', {steps}, 'https://h/q');
+                       SELECT dtm.msg_submit('p'); SELECT dtm.msg_prepare('q', {steps}, 'https://h/q'); SELECT dtm.msg_abort('q')");
+    app.batch_execute(&sql).await.expect("it may");
+    for refused in [
+        "SELECT * FROM dtm.transactions",
+        "SELECT dtm.force_stop('p')",
+        "SELECT * FROM dtm.transaction",
+        "SELECT dtm.announce('p')",
+        "SELECT dtm.insert_message('z', 'submitted', '[]', NULL, NULL, '{}')",
+    ] {
+        let error = app.batch_execute(refused).await.expect_err(refused);
+        assert_eq!(error.code().map(|code| code.code()), Some("42501"), "{refused}");
+    }
+}
