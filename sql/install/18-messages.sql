@@ -70,7 +70,7 @@ BEGIN
     SELECT * INTO known FROM dtm.check_transaction_options(options);
     SELECT * INTO expanded FROM dtm.branches_of_steps(steps, bodies);
     SELECT sum(length(p)) INTO size FROM unnest(expanded.payloads) AS p;
-    IF size > current_setting('dtm.max_payload')::int8 THEN
+    IF size > pg_size_bytes(current_setting('dtm.max_payload')) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'program_limit_exceeded',
             MESSAGE = 'the payloads are too large',
