@@ -12,6 +12,7 @@ pub mod kafka_site;
 pub mod kafka_topic;
 pub mod latency;
 pub mod load;
+pub mod msg;
 pub mod pinned;
 pub mod processor;
 pub mod publish;

@@ -2,7 +2,7 @@
 //! `cargo xtask bench NAME`: measures against a baseline of the same run, checks every id, and prints a table.
 
 use clap::{Parser, ValueEnum};
-use dtm_tests::bench::{backlog, barrier, fanout, http, kafka, latency, pinned, publish, report};
+use dtm_tests::bench::{backlog, barrier, fanout, http, kafka, latency, msg, pinned, publish, report};
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Bench {
@@ -20,6 +20,8 @@ enum Bench {
     Backlog,
     /// The barrier, against the bare INSERT that it is made of
     Barrier,
+    /// 2-phase messages, against a bare program that writes and calls the same; recovery after an outage
+    Msg,
     /// Delivering a backlog into Kafka, against a bare loop that produces the same; latency; memory
     Kafka,
 }
@@ -53,6 +55,7 @@ async fn main() {
         Bench::Fanout => ("fanout", fanout::run(pairs).await),
         Bench::Backlog => ("backlog", backlog::run(pairs).await),
         Bench::Barrier => ("barrier", barrier::run(pairs).await),
+        Bench::Msg => ("msg", msg::run(pairs).await),
         Bench::Kafka => ("kafka", kafka::run(pairs, arguments.events).await),
     };
     report::print(name, &rows, arguments.json);

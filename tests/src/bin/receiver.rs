@@ -36,7 +36,7 @@ struct Arguments {
     /// Answer 503 to this part of the requests, 0 to 1
     #[arg(long, default_value_t = 0.0)]
     fail: f64,
-    /// Keep the id and the time of each event; GET /count and /arrivals?FROM answer them
+    /// Keep the id, or gid, and the time of each call; GET /count and /arrivals?FROM answer them
     #[arg(long)]
     record: bool,
 }
@@ -65,7 +65,8 @@ async fn answer(
     };
     let failing = arguments.fail > 0.0 && rand::rng().random_bool(arguments.fail);
     if arguments.record && !failing {
-        let Ok(id) = header("ce-id").parse() else { return Ok(status(StatusCode::BAD_REQUEST)) };
+        let id = head.uri.query().and_then(gid).unwrap_or_else(|| header("ce-id"));
+        let Ok(id) = id.parse() else { return Ok(status(StatusCode::BAD_REQUEST)) };
         kept.lock().unwrap_or_else(PoisonError::into_inner).push(id, monotonic_ns());
     }
     if arguments.print {
@@ -79,6 +80,11 @@ async fn answer(
         );
     }
     Ok(status(if failing { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK }))
+}
+
+/// Of a branch of a global transaction: the call bears no other id.
+fn gid(query: &str) -> Option<String> {
+    query.split('&').find_map(|pair| pair.strip_prefix("gid=")).map(str::to_owned)
 }
 
 fn status(status: StatusCode) -> Response<Full<Bytes>> {
