@@ -61,6 +61,9 @@ RETURN EXISTS (
         UNION ALL
         SELECT (SELECT n FROM dtm.delayed ORDER BY due, n LIMIT 1),
                (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.delayed_seq)
+        UNION ALL
+        SELECT (SELECT max(id) FROM dtm.transaction),
+               (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM dtm.transaction_id_seq)
     ) AS of_table (greatest, given_out)
     WHERE of_table.greatest > of_table.given_out);
 
