@@ -10,10 +10,17 @@ CREATE FUNCTION dtm.start_coordinator() RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     subscription_id bigint;
+    came_with_a_restore boolean;
 BEGIN
-    INSERT INTO dtm.subscription AS s (name, topics, destination, options, era)
+    -- Transactions that came from elsewhere wait for dtm.resume: a copy of production must not call production's services.
+    came_with_a_restore := EXISTS (
+        SELECT FROM dtm.installation i JOIN dtm.eras here ON here.era = i.era
+        WHERE EXISTS (SELECT FROM dtm.eras e WHERE e.era <> i.era)
+          AND EXISTS (SELECT FROM dtm.transaction t WHERE t.created_at < here.began_at));
+    INSERT INTO dtm.subscription AS s (name, topics, destination, options, era, state, reason)
     VALUES ('dtm.transactions', '{dtm.transactions}', 'coordinator:', '{"shards": 4, "max_in_flight": 1024}',
-            (SELECT era FROM dtm.installation))
+            (SELECT era FROM dtm.installation), CASE WHEN came_with_a_restore THEN 'paused' ELSE 'active' END,
+            CASE WHEN came_with_a_restore THEN 'the database was restored or copied' END)
     ON CONFLICT ON CONSTRAINT subscription_name_key DO NOTHING
     RETURNING s.id INTO subscription_id;
     IF FOUND THEN

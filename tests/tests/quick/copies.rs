@@ -178,6 +178,8 @@ async fn restored_table_by_table(order: impl Fn(&mut Vec<&str>)) {
         "SELECT dtm.publish('t', '5', key => 'k', deliver_at => clock_timestamp() + interval '1 h')";
     client.execute(delayed, &[]).await.expect("publish");
     client.execute("UPDATE dtm.delayed SET due = clock_timestamp()", &[]).await.expect("it is due");
+    let send = r#"SELECT dtm.msg_send('[{"action": "http://127.0.0.1:9/"}]')"#;
+    client.execute(send, &[]).await.expect("msg_send");
     assert_eq!(pending(&client, "waits").await, ["2", "3", "4"]);
     let folder = tempfile::tempdir().expect("a folder");
     let dump = ["-Fc", "-d", &cluster.url("shop"), "-f"];
@@ -206,8 +208,11 @@ async fn restored_table_by_table(order: impl Fn(&mut Vec<&str>)) {
     assert!(act_as_a_relay(&again).await.is_empty(), "delivered before all is there");
     copying.batch_execute("COMMIT").await.expect("COMMIT");
     assert_eq!(act_as_a_relay(&again).await, ["goes_on"]);
-    let state = "SELECT state FROM dtm.subscription WHERE name = 'waits'";
-    assert_eq!(again.query_one(state, &[]).await.expect("waits").get::<_, &str>(0), "paused");
+    let states = "SELECT string_agg(name || ' ' || state, ', ' ORDER BY name) FROM dtm.subscription";
+    assert_eq!(
+        again.query_one(states, &[]).await.expect("states").get::<_, &str>(0),
+        "dtm.transactions paused, goes_on active, waits paused"
+    );
     publish(&again, 6).await;
     let eras = "SELECT r.eras, (SELECT era FROM dtm.installation) FROM dtm.subscription s, dtm.relay_resume(s.id, 0, s.epoch) r";
     for row in again.query(eras, &[]).await.expect("eras") {
