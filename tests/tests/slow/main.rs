@@ -13,6 +13,7 @@ mod kafka_crash;
 mod kafka_kit;
 mod kafka_once;
 mod load;
+mod message_crash;
 mod numbered;
 mod operations;
 mod outages;
