@@ -12,7 +12,7 @@ use crate::topic_template::TopicTemplate;
 pub const DESTINATION_BYTES_MAX: usize = 2_048;
 
 /// Schemes that there is a sink for.
-pub const SCHEMES: [&str; 3] = ["http", "https", "kafka"];
+pub const SCHEMES: [&str; 4] = ["http", "https", "kafka", "postgres"];
 
 /// A destination that was checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +25,15 @@ pub enum Destination {
         cluster: String,
         /// See there.
         topic: TopicTemplate,
+    },
+    /// A function in another database, by the name of that in the relay's configuration.
+    Postgres {
+        /// `[postgres.NAME]`.
+        target: String,
+        /// Where the function is.
+        schema: String,
+        /// What it is called.
+        function: String,
     },
 }
 
@@ -46,6 +55,9 @@ pub enum DestinationError {
     /// A scheme that this version has no sink for.
     #[error("there is no sink for the scheme {0:?}")]
     Scheme(String),
+    /// Not `postgres://TARGET/schema.function`.
+    #[error("it is not postgres://TARGET/schema.function: {0}")]
+    Postgres(&'static str),
     /// Not `kafka://CLUSTER/TOPIC`.
     #[error("it is not kafka://CLUSTER/TOPIC: {0}")]
     Kafka(&'static str),
@@ -77,6 +89,9 @@ impl Destination {
         if scheme == "kafka" {
             return kafka(rest);
         }
+        if scheme == "postgres" {
+            return postgres(rest);
+        }
         let uri: Uri = text.parse().map_err(|_| DestinationError::Malformed)?;
         let has_host = uri.host().is_some_and(|host| !host.is_empty());
         let port_ok =
@@ -103,11 +118,39 @@ fn kafka(rest: &str) -> Result<Destination, DestinationError> {
     }
 }
 
+/// The rest of `postgres://TARGET/schema.function`.
+fn postgres(rest: &str) -> Result<Destination, DestinationError> {
+    let why = |why| Err(DestinationError::Postgres(why));
+    let Some((target, function)) = rest.split_once('/') else { return why("there is no function") };
+    if !is_name(target) {
+        return why("a target's name has 1 to 64 letters, digits, _, - and .");
+    }
+    match function.split_once('.') {
+        Some((schema, function)) if is_identifier(schema) && is_identifier(function) => {
+            Ok(Destination::Postgres {
+                target: target.to_owned(),
+                schema: schema.to_owned(),
+                function: function.to_owned(),
+            })
+        }
+        _ => why("a function is schema.function, each of 1 to 63 letters, digits and _, as it is stored"),
+    }
+}
+
+/// Whether a text is an identifier that is fit for a URI.
+fn is_identifier(text: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+    (1..=63).contains(&text.len()) && text.bytes().all(allowed) && !text.as_bytes()[0].is_ascii_digit()
+}
+
 impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Destination::Http(uri) => uri.fmt(f),
             Destination::Kafka { cluster, topic } => write!(f, "kafka://{cluster}/{topic}"),
+            Destination::Postgres { target, schema, function } => {
+                write!(f, "postgres://{target}/{schema}.{function}")
+            }
         }
     }
 }
@@ -141,6 +184,24 @@ mod tests {
             "kafka://main/{key}",
         ] {
             assert!(matches!(Destination::parse(bad), Err(DestinationError::Kafka(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn postgres_destinations_name_a_target_and_a_function() {
+        for good in ["postgres://stock/public.take", "postgres://eu-1/app.on_order_2"] {
+            assert_eq!(Destination::parse(good).unwrap().to_string(), good);
+        }
+        for bad in [
+            "postgres://stock",
+            "postgres:///public.take",
+            "postgres://stock/take",
+            "postgres://stock/a.b.c",
+            "postgres://stock/a.1",
+            "postgres://stock/a.b?c=d",
+            "postgres://stock:5432/a.b",
+        ] {
+            assert!(matches!(Destination::parse(bad), Err(DestinationError::Postgres(_))), "{bad}");
         }
     }
 

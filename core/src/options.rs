@@ -230,6 +230,16 @@ impl Options {
                     return Err(bad("max_in_flight", &json["max_in_flight"]));
                 }
             }
+            Destination::Postgres { .. } => {
+                if let Some(option) =
+                    ["format", "delivery", "headers"].into_iter().find(|name| is_given(name))
+                {
+                    return mismatch(option, "a function in PostgreSQL");
+                }
+                if options.max_in_flight > HTTP_IN_FLIGHT_MAX {
+                    return Err(bad("max_in_flight", &json["max_in_flight"]));
+                }
+            }
             Destination::Kafka { .. } => {
                 if is_given("timeout") {
                     return mismatch(

@@ -5,9 +5,11 @@ use std::process::ExitCode;
 
 use dtm_core::destination::Destination;
 use dtm_core::options::{Guarantee, Options};
+use dtm_core::transaction::COORDINATOR;
 
 use crate::config::{Config, Database};
 use crate::kafka::position;
+use crate::sink::postgres::PostgresSink;
 use crate::sink::{Outlets, Sink, SinkError};
 use crate::source::connect::Connector;
 use crate::source::error::SourceError;
@@ -156,6 +158,9 @@ async fn deliverable(
     outlets: &Outlets,
     source: &str,
 ) -> Result<(), (String, &'static str)> {
+    if subscription.destination == COORDINATOR {
+        return Ok(());
+    }
     let stored = "call dtm.subscribe again with its name, or use a newer relay";
     let destination = Destination::parse(&subscription.destination)
         .map_err(|error| (format!("its destination: {error}"), stored))?;
@@ -163,16 +168,21 @@ async fn deliverable(
         .map_err(|error| (format!("its options: {error}"), stored))?;
     let topic = match &destination {
         Destination::Kafka { topic, .. } => topic.fixed().map(str::to_owned),
-        Destination::Http(_) => None,
+        Destination::Http(_) | Destination::Postgres { .. } => None,
     };
     let mend = |error: &SinkError| match error {
+        SinkError::NoTarget(_) => "describe that database in the configuration of every relay",
         SinkError::NoCluster(_) => "describe that cluster in the configuration of every relay",
         SinkError::Header(_) => "give that secret an env or a file in the configuration of every relay",
         SinkError::Uri(_) | SinkError::Source(_) => stored,
     };
-    let sink = Sink::new(outlets, destination, &options, source)
+    let sink = Sink::new(outlets, destination, &options, &subscription.name, source)
         .map_err(|error| (error.to_string(), mend(&error)))?;
-    let Sink::Kafka(sink) = sink else { return Ok(()) };
+    let sink = match sink {
+        Sink::Kafka(sink) => sink,
+        Sink::Postgres(sink) => return callable(&sink).await,
+        Sink::Http(_) | Sink::Coordinator(_) => return Ok(()),
+    };
     let (cluster, topics) = (sink.cluster().name(), sink.cluster().topics());
     if let Some(topic) = topic {
         let mend = "make the topic, or let the relay's user describe it and write to it";
@@ -187,6 +197,20 @@ async fn deliverable(
         return Err((format!("kafka.{cluster}: topic {} is not compacted", position::TOPIC), mend));
     }
     Ok(())
+}
+
+/// Whether the function of a target is there, and may be called.
+async fn callable(sink: &PostgresSink) -> Result<(), (String, &'static str)> {
+    let target = sink.target().name();
+    let link = sink.target().connect().await.map_err(|error| {
+        (format!("postgres.{target}: {error}"), "see that the database is there and lets the relay's role in")
+    })?;
+    let mend = "make the function f(event jsonb) there, and the extension, and grant EXECUTE to the relay's role (see the README)";
+    match inspect::is_callable(&link, sink.function()).await {
+        Ok(None) => Ok(()),
+        Ok(Some(problem)) => Err((format!("postgres.{target}: {problem}"), mend)),
+        Err(error) => Err((format!("postgres.{target}: {error}"), mend)),
+    }
 }
 
 /// Whether each Kafka cluster answers.

@@ -23,7 +23,9 @@ use crate::kafka::cluster::Cluster;
 use crate::kafka::settings::ClusterSettings;
 use crate::pipeline::flow::ParkingBounds;
 use crate::pipeline::run::Bounds;
+use crate::postgres::settings::{self as targets, TargetSettings, TargetTable};
 use crate::sink::Outlets;
+use crate::source::error::SourceError;
 use crate::source::settings::{Settings, ThisMachine};
 use crate::source::upkeep::Upkeep;
 
@@ -64,6 +66,17 @@ pub enum LogFormat {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Seconds(Duration);
 
+/// What the relay calls others by cannot be made ready.
+#[derive(Debug, thiserror::Error)]
+pub enum OutletError {
+    /// For HTTP.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// For a `[postgres.NAME]`.
+    #[error(transparent)]
+    Target(#[from] SourceError),
+}
+
 /// The file.
 #[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -91,6 +104,7 @@ struct File {
     ca_file: Option<PathBuf>,
     secret: BTreeMap<String, SecretTable>,
     kafka: BTreeMap<String, Dict>,
+    postgres: BTreeMap<String, TargetTable>,
     database: BTreeMap<String, DatabaseTable>,
 }
 
@@ -128,6 +142,7 @@ impl Default for File {
             ca_file: None,
             secret: BTreeMap::new(),
             kafka: BTreeMap::new(),
+            postgres: BTreeMap::new(),
             database: BTreeMap::new(),
         }
     }
@@ -208,6 +223,8 @@ pub struct Config {
     pub secrets: Arc<Secrets>,
     /// What subscriptions name by `kafka://NAME/…`.
     pub kafka: BTreeMap<String, ClusterSettings>,
+    /// What subscriptions and steps name by `postgres://NAME/…`.
+    pub postgres: BTreeMap<String, TargetSettings>,
     /// At least one.
     pub databases: Vec<Database>,
 }
@@ -252,13 +269,14 @@ impl Config {
 
 impl Config {
     /// By what events go out; nothing is connected yet.
-    pub fn outlets(&self) -> Result<Outlets, TlsError> {
+    pub fn outlets(&self) -> Result<Outlets, OutletError> {
         let cluster = |(name, settings): (&String, &ClusterSettings)| {
             (name.clone(), Arc::new(Cluster::new(name, settings.clone())))
         };
         Ok(Outlets {
             http: HttpCaller::new(self.ca_file.as_deref())?,
             kafka: Arc::new(self.kafka.iter().map(cluster).collect()),
+            postgres: Arc::new(targets::open(&self.postgres)?),
             secrets: self.secrets.clone(),
         })
     }
@@ -329,6 +347,7 @@ impl File {
                 settings.map_err(|(property, why)| wrong(&format!("kafka.{name}.{property}"), why))?;
             kafka.insert(name, settings);
         }
+        let postgres = targets::read(self.postgres).map_err(|(key, why)| wrong(&key, why))?;
         if databases.is_empty() {
             let ways =
                 "--database-url, DTM_DATABASE_URL, or a file with [database.NAME] url = \"postgres://…\"";
@@ -360,6 +379,7 @@ impl File {
             ca_file: self.ca_file,
             secrets: Arc::new(secrets),
             kafka,
+            postgres,
             databases,
         })
     }

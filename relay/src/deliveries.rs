@@ -190,8 +190,10 @@ impl Deliveries {
         options.max_in_flight = (options.max_in_flight / options.shards).max(1);
         options.rate_limit = options.rate_limit.map(|rate| rate / f64::from(options.shards));
         let sink = match destination {
-            Some(destination) => Sink::new(&common.outlets, destination, &options, &common.source)
-                .map_err(|error| error.to_string())?,
+            Some(destination) => {
+                Sink::new(&common.outlets, destination, &options, &assignment.name, &common.source)
+                    .map_err(|error| error.to_string())?
+            }
             None => Sink::Coordinator(common.coordinator.clone()),
         };
         let mut bounds = common.bounds;

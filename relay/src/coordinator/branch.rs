@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use dtm_core::destination::Destination;
+use dtm_core::names::is_name;
 use dtm_core::page::Event;
 use dtm_core::transaction::{Action, Options};
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
@@ -18,6 +19,7 @@ use super::machine::{Answer, Report};
 use crate::calls::http::Endpoint;
 use crate::calls::outcome::{Class, Outcome};
 use crate::calls::secrets::Echoes;
+use crate::postgres::target::{Branch, Function};
 use crate::sink::headers::{self, HeaderText};
 use crate::sink::kafka::{KafkaSender, KafkaSink};
 use crate::sink::{Outlets, SinkError};
@@ -56,6 +58,37 @@ pub struct Caller {
     source: String,
 }
 
+/// What is called.
+enum Callee {
+    /// As a step names it.
+    Destination(Destination),
+    /// `postgres://TARGET`: a database that knows whether a message is committed.
+    Decider(String),
+}
+
+impl Callee {
+    fn parse(action: &str) -> Option<Self> {
+        if let Some(target) = action.strip_prefix("postgres://").filter(|target| is_name(target)) {
+            return Some(Callee::Decider(target.to_owned()));
+        }
+        match Action::parse(action) {
+            Ok(Action::Call(destination)) => Some(Callee::Destination(destination)),
+            Ok(Action::Topic(_)) | Err(_) => None,
+        }
+    }
+
+    /// What works or does not as a whole.
+    fn endpoint(&self) -> String {
+        match self {
+            Callee::Destination(Destination::Http(uri)) => server_of(uri),
+            Callee::Destination(Destination::Kafka { cluster, .. }) => format!("kafka://{cluster}"),
+            Callee::Destination(Destination::Postgres { target, .. }) | Callee::Decider(target) => {
+                format!("postgres://{target}")
+            }
+        }
+    }
+}
+
 /// What came of a call, and whether what waits for its endpoint may go on.
 pub struct Called {
     /// See there.
@@ -72,16 +105,10 @@ impl Caller {
 
     /// Makes a call, unless its endpoint is down.
     pub async fn call(&self, call: Call<'_>, options: &Options) -> Called {
-        let destination = match Action::parse(call.action) {
-            Ok(Action::Call(destination)) => destination,
-            Ok(Action::Topic(_)) | Err(_) => {
-                return Called {
-                    report: unsendable(format!("{} cannot be called", call.action)),
-                    revived: None,
-                };
-            }
+        let Some(callee) = Callee::parse(call.action) else {
+            return Called { report: unsendable(format!("{} cannot be called", call.action)), revived: None };
         };
-        let endpoint = endpoint_of(&destination);
+        let endpoint = callee.endpoint();
         if !self.endpoints.admit(&endpoint, call.gid, Instant::now()) {
             let error = format!("{endpoint} is down: it was not called");
             let report = Report {
@@ -95,12 +122,17 @@ impl Caller {
         }
         let ended =
             Ended { endpoints: &self.endpoints, endpoint: &endpoint, gid: call.gid, health: Health::Fails };
-        let outcome = match destination {
-            Destination::Http(uri) => self.http(uri, call, options).await,
-            Destination::Kafka { cluster, topic } => self
+        let outcome = match callee {
+            Callee::Destination(Destination::Http(uri)) => self.http(uri, call, options).await,
+            Callee::Destination(Destination::Kafka { cluster, topic }) => self
                 .kafka(&cluster, topic, call)
                 .await
                 .unwrap_or_else(|problem| Outcome::without_answer(Class::Unsendable, problem.to_string())),
+            Callee::Destination(Destination::Postgres { target, schema, function }) => {
+                let function = Function { schema, name: function };
+                self.postgres(&target, Some(&function), call, options).await
+            }
+            Callee::Decider(target) => self.postgres(&target, None, call, options).await,
         };
         let answer = judge(&outcome, options);
         let health = health(&outcome, &answer);
@@ -118,6 +150,30 @@ impl Caller {
             endpoint: is_its_fault.then(|| endpoint.clone()),
         };
         Called { report, revived: works.then_some(endpoint) }
+    }
+
+    /// A function behind the barrier; without one, whether a message is committed.
+    async fn postgres(
+        &self,
+        target: &str,
+        function: Option<&Function>,
+        call: Call<'_>,
+        options: &Options,
+    ) -> Outcome {
+        let Some(known) = self.outlets.postgres.get(target) else {
+            let problem = SinkError::NoTarget(target.to_owned()).to_string();
+            return Outcome::without_answer(Class::Unsendable, problem);
+        };
+        let Some(function) = function else {
+            return known.query_prepared(call.gid, options.request_timeout).await;
+        };
+        let payload = call.payload.map(|payload| std::str::from_utf8(payload)).transpose();
+        let Ok(payload) = payload else {
+            return Outcome::without_answer(Class::Unsendable, "the payload is no text");
+        };
+        let Call { gid, trans_type, branch_id, op, .. } = call;
+        let branch = Branch { trans_type, gid, branch_id, op, payload };
+        known.call_branch(function, branch, options.request_timeout).await
     }
 
     async fn http(&self, uri: Uri, call: Call<'_>, options: &Options) -> Outcome {
@@ -273,13 +329,6 @@ fn health(outcome: &Outcome, answer: &Answer) -> Health {
 
 fn server_of(uri: &Uri) -> String {
     format!("{}://{}", uri.scheme_str().unwrap_or_default(), uri.authority().map_or("", |a| a.as_str()))
-}
-
-fn endpoint_of(destination: &Destination) -> String {
-    match destination {
-        Destination::Http(uri) => server_of(uri),
-        Destination::Kafka { cluster, .. } => format!("kafka://{cluster}"),
-    }
 }
 
 /// The URL with DTM's names of the call in its query.

@@ -4,14 +4,12 @@
 
 use std::borrow::Cow;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use dtm_core::options::Format;
 use dtm_core::page::Event;
 use rdkafka::message::{Header, OwnedHeaders};
-use serde_json::{Map, Value};
 
 use super::cloudevents::{self, Own, SPEC_VERSION, Unsendable};
+use super::cloudevents_json;
 
 /// The media type of an event in CloudEvents' JSON format (§3.3.2 of the binding).
 const STRUCTURED: &str = "application/cloudevents+json";
@@ -64,21 +62,12 @@ pub fn record<'a>(
     let value = match format {
         Format::Structured => {
             headers.add("content-type", STRUCTURED);
-            let mut envelope = Map::new();
-            attributes(event, id, source, |name, value| {
-                envelope.insert(name["ce_".len()..].to_owned(), value.into());
-            });
-            cloudevents::own_headers(event, |own, value| {
-                match own {
-                    Own::Attribute(name) => drop(envelope.insert(name.to_owned(), value.into())),
-                    Own::Header(name) if of_subscription(name) => {}
-                    Own::Header(name) => headers.add(name, value),
+            let text = cloudevents_json::envelope(event, source, |name, value| {
+                if !of_subscription(name) {
+                    headers.add(name, value);
                 }
-                Ok(())
             })?;
-            data(event, &mut envelope);
-            let text = serde_json::to_vec(&envelope).map_err(|error| Unsendable(error.to_string()))?;
-            Some(Cow::Owned(text))
+            Some(Cow::Owned(text.into_bytes()))
         }
         Format::Binary | Format::Debezium => {
             if format == Format::Debezium {
@@ -118,25 +107,11 @@ fn attributes(event: &Event, id: &str, source: &str, mut each: impl FnMut(&str, 
     }
 }
 
-/// The payload in CloudEvents' JSON format (§3.1): JSON as it is, other bytes in Base64.
-fn data(event: &Event, envelope: &mut Map<String, Value>) {
-    let Some(payload) = &event.payload else { return };
-    envelope.insert("datacontenttype".into(), event.content_type.to_string().into());
-    let media = event.content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-    let is_json = media.ends_with("/json") || media.ends_with("+json");
-    let is_text = media.starts_with("text/");
-    let parsed = is_json.then(|| serde_json::from_slice(payload).ok()).flatten();
-    let text = || std::str::from_utf8(payload).ok().filter(|_| is_text).map(Value::from);
-    match parsed.or_else(text) {
-        Some(value) => envelope.insert("data".into(), value),
-        None => envelope.insert("data_base64".into(), BASE64.encode(payload).into()),
-    };
-}
-
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
     use rdkafka::message::Headers as _;
+    use serde_json::Value;
 
     use super::*;
 

@@ -10,21 +10,26 @@ use dtm_core::page::Event;
 use self::coordinator::CoordinatorSender;
 use self::http::{HttpSender, HttpSink};
 use self::kafka::{KafkaSender, KafkaSink};
+use self::postgres::{PostgresSender, PostgresSink};
 use crate::calls::http::HttpCaller;
 use crate::calls::outcome::Outcome;
 use crate::calls::secrets::Secrets;
 use crate::coordinator::Coordinator;
 use crate::kafka::cluster::Clusters;
+use crate::postgres::Targets;
+use crate::postgres::target::Function;
 
 mod attempts;
 pub mod cloudevents;
 pub mod cloudevents_http;
+pub mod cloudevents_json;
 pub mod cloudevents_kafka;
 pub mod coordinator;
 pub mod headers;
 pub mod http;
 pub mod kafka;
 pub mod kafka_once;
+pub mod postgres;
 
 /// Where events of one subscription go.
 #[derive(Clone)]
@@ -33,6 +38,8 @@ pub enum Sink {
     Http(Arc<HttpSink>),
     /// Topics of a Kafka cluster.
     Kafka(Arc<KafkaSink>),
+    /// A function in a database.
+    Postgres(Arc<PostgresSink>),
     /// What drives global transactions.
     Coordinator(Arc<Coordinator>),
 }
@@ -44,6 +51,8 @@ pub struct Outlets {
     pub http: HttpCaller,
     /// Kafka clusters.
     pub kafka: Arc<Clusters>,
+    /// Databases that functions are called in.
+    pub postgres: Arc<Targets>,
     /// What the configuration knows and tables do not.
     pub secrets: Arc<Secrets>,
 }
@@ -63,14 +72,18 @@ pub enum SinkError {
     /// A Kafka cluster that the configuration does not have.
     #[error("the relay's configuration has no [kafka.{0}]")]
     NoCluster(String),
+    /// A database that the configuration does not have.
+    #[error("the relay's configuration has no [postgres.{0}]")]
+    NoTarget(String),
 }
 
 impl Sink {
-    /// The sink of a subscription. `source`: who the events are from.
+    /// The sink of the subscription of this name. `source`: who the events are from.
     pub fn new(
         outlets: &Outlets,
         destination: Destination,
         options: &Options,
+        name: &str,
         source: &str,
     ) -> Result<Self, SinkError> {
         match destination {
@@ -83,6 +96,17 @@ impl Sink {
                 let sink = KafkaSink::new(known.clone(), topic, options, &outlets.secrets, source)?;
                 Ok(Sink::Kafka(Arc::new(sink)))
             }
+            Destination::Postgres { target, schema, function } => {
+                let known = outlets.postgres.get(&target).ok_or(SinkError::NoTarget(target))?;
+                let function = Function { schema, name: function };
+                Ok(Sink::Postgres(Arc::new(PostgresSink::new(
+                    known.clone(),
+                    function,
+                    name,
+                    options,
+                    source,
+                ))))
+            }
         }
     }
 
@@ -90,15 +114,16 @@ impl Sink {
     pub fn depth(&self) -> usize {
         match self {
             Sink::Http(_) | Sink::Coordinator(_) => 1,
-            Sink::Kafka(_) => usize::MAX,
+            Sink::Kafka(_) | Sink::Postgres(_) => usize::MAX,
         }
     }
 
     /// Sends for one pipeline.
-    pub fn sender<T: AsRef<Event> + Send + 'static>(&self) -> Sender<T> {
+    pub fn sender<T: AsRef<Event> + Send + Sync + 'static>(&self) -> Sender<T> {
         match self {
             Sink::Http(sink) => Sender::Http(HttpSender::new(sink.clone())),
             Sink::Kafka(sink) => Sender::Kafka(Box::new(KafkaSender::new(sink.clone()))),
+            Sink::Postgres(sink) => Sender::Postgres(PostgresSender::new(sink.clone())),
             Sink::Coordinator(coordinator) => {
                 Sender::Coordinator(CoordinatorSender::new(coordinator.clone()))
             }
@@ -113,15 +138,18 @@ pub enum Sender<T> {
     /// See there.
     Kafka(Box<KafkaSender<T>>),
     /// See there.
+    Postgres(PostgresSender<T>),
+    /// See there.
     Coordinator(CoordinatorSender<T>),
 }
 
-impl<T: AsRef<Event> + Send + 'static> Sender<T> {
+impl<T: AsRef<Event> + Send + Sync + 'static> Sender<T> {
     /// Whether it takes another event now.
     pub fn has_room(&self) -> bool {
         match self {
             Sender::Http(_) | Sender::Coordinator(_) => true,
             Sender::Kafka(sender) => sender.has_room(),
+            Sender::Postgres(sender) => sender.has_room(),
         }
     }
 
@@ -130,6 +158,7 @@ impl<T: AsRef<Event> + Send + 'static> Sender<T> {
         match self {
             Sender::Http(sender) => sender.len(),
             Sender::Kafka(sender) => sender.len(),
+            Sender::Postgres(sender) => sender.len(),
             Sender::Coordinator(sender) => sender.len(),
         }
     }
@@ -145,6 +174,7 @@ impl<T: AsRef<Event> + Send + 'static> Sender<T> {
             // What has been sent is sent, and nothing waits; the coordinator looks itself.
             Sender::Http(_) | Sender::Coordinator(_) => {}
             Sender::Kafka(sender) => sender.hold(is_held),
+            Sender::Postgres(sender) => sender.hold(is_held),
         }
     }
 
@@ -153,6 +183,7 @@ impl<T: AsRef<Event> + Send + 'static> Sender<T> {
         match self {
             Sender::Http(sender) => sender.send(item),
             Sender::Kafka(sender) => sender.send(item),
+            Sender::Postgres(sender) => sender.send(item),
             Sender::Coordinator(sender) => sender.send(item),
         }
     }
@@ -162,6 +193,7 @@ impl<T: AsRef<Event> + Send + 'static> Sender<T> {
         match self {
             Sender::Http(sender) => sender.answers().await,
             Sender::Kafka(sender) => sender.answers().await,
+            Sender::Postgres(sender) => sender.answers().await,
             Sender::Coordinator(sender) => sender.answers().await,
         }
     }

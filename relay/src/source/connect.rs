@@ -26,6 +26,11 @@ const SESSION: &str = "SET search_path = '';
     SET lock_timeout = '10s';
     SET idle_in_transaction_session_timeout = '60s'";
 
+/// What a session is set to in which users' functions run: what they see is what they are used to.
+const TARGET_SESSION: &str = "SET default_transaction_isolation = 'read committed';
+    SET default_transaction_read_only = off;
+    SET idle_in_transaction_session_timeout = '60s'";
+
 /// How much longer the relay waits for an answer than the server works on it.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -35,13 +40,19 @@ pub struct Connector {
     settings: Settings,
     statement_timeout: Duration,
     tls: MakeRustlsConnect,
+    session: &'static str,
 }
 
 impl Connector {
     /// Reads certificates and keys, but connects to nothing yet. `statement_timeout` bounds every statement.
     pub fn new(settings: Settings, statement_timeout: Duration) -> Result<Self, SourceError> {
         let tls = MakeRustlsConnect::new(tls::client_config(&settings)?);
-        Ok(Connector { settings, statement_timeout, tls })
+        Ok(Connector { settings, statement_timeout, tls, session: SESSION })
+    }
+
+    /// The same to a database that functions are called in.
+    pub fn to_target(settings: Settings, statement_timeout: Duration) -> Result<Self, SourceError> {
+        Ok(Connector { session: TARGET_SESSION, ..Connector::new(settings, statement_timeout)? })
     }
 
     /// What it connects to.
@@ -75,7 +86,7 @@ impl Connector {
 
     async fn connect_to(&self, server: &Server) -> Result<Link, SourceError> {
         let link = self.open(server).await?;
-        link.batch("preparing the session", SESSION).await?;
+        link.batch("preparing the session", self.session).await?;
         let milliseconds = self.statement_timeout.as_millis();
         link.batch("preparing the session", &format!("SET statement_timeout = {milliseconds}")).await?;
         let recovering = "SELECT pg_catalog.pg_is_in_recovery()";

@@ -4,6 +4,7 @@
 use super::error::SourceError;
 use super::hello::{self, Greeting};
 use super::link::Link;
+use crate::postgres::target::Function;
 
 /// A privilege that the relay's role does not have.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,4 +116,21 @@ async fn subscriptions(link: &Link) -> Result<Vec<Stored>, SourceError> {
         },
     };
     Ok(rows.iter().map(stored).collect())
+}
+
+/// Why a function of a target cannot be called for events; `None`: it can.
+pub async fn is_callable(link: &Link, function: &Function) -> Result<Option<String>, SourceError> {
+    let sql = "SELECT CASE
+        WHEN pg_catalog.to_regprocedure('dtm.call_events(text,text,text,uuid[],text[],text[])') IS NULL
+            THEN 'it does not have the extension pg_dtm of this version'
+        WHEN pg_catalog.to_regprocedure(pg_catalog.format('%I.%I(jsonb)', $1::text, $2::text)) IS NULL
+            THEN pg_catalog.format('there is no function %I.%I(jsonb)', $1::text, $2::text)
+        WHEN NOT pg_catalog.has_function_privilege(
+                 pg_catalog.to_regprocedure(pg_catalog.format('%I.%I(jsonb)', $1::text, $2::text)), 'EXECUTE')
+          OR NOT pg_catalog.has_function_privilege('dtm.call_events(text,text,text,uuid[],text[],text[])', 'EXECUTE')
+          OR NOT pg_catalog.has_function_privilege('dtm.receive(text,uuid)', 'EXECUTE')
+            THEN pg_catalog.format('the role may not execute %I.%I, dtm.call_events or dtm.receive', $1::text, $2::text)
+        END";
+    let row = link.query_one("looking for a function", sql, &[&function.schema, &function.name]).await?;
+    Ok(row.get(0))
 }

@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: PostgreSQL
+//! One database that functions are called in, over a few connections that are kept.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tokio_postgres::Statement;
+use tokio_postgres::types::ToSql;
+use uuid::Uuid;
+
+use super::verdict;
+use crate::calls::outcome::{Class, Outcome};
+use crate::source::connect::Connector;
+use crate::source::error::SourceError;
+use crate::source::link::Link;
+use crate::source::settings::Settings;
+
+/// How long a free connection, or a new one, is waited for at the least.
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// No statement takes longer, whatever is asked.
+const LONGEST: Duration = Duration::from_secs(3_600);
+
+const CALL_EVENTS: &str = "SELECT n, state, message FROM dtm.call_events($1, $2, $3, $4, $5, $6)";
+const CALL_BRANCH: &str = "SELECT dtm.call_branch($1, $2, $3, $4, $5, $6, $7)";
+const QUERY_PREPARED: &str = "SELECT dtm.query_prepared($1)";
+
+/// A database.
+pub struct Target {
+    name: String,
+    connector: Connector,
+    free: Semaphore,
+    kept: Mutex<Vec<Session>>,
+}
+
+/// A function there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Function {
+    /// Where it is.
+    pub schema: String,
+    /// What it is called.
+    pub name: String,
+}
+
+/// Events for a function.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// Their ids.
+    pub ids: Vec<Uuid>,
+    /// Their keys: of one key none is tried after one that failed.
+    pub keys: Vec<Option<String>>,
+    /// The events in CloudEvents' JSON format.
+    pub events: Vec<String>,
+}
+
+/// A branch of a global transaction.
+#[derive(Clone, Copy, Debug)]
+pub struct Branch<'a> {
+    /// DTM's name of the kind of the transaction.
+    pub trans_type: &'a str,
+    /// Of the transaction.
+    pub gid: &'a str,
+    /// Of the branch.
+    pub branch_id: &'a str,
+    /// What it is to do.
+    pub op: &'a str,
+    /// JSON; `None`: null.
+    pub payload: Option<&'a str>,
+}
+
+struct Session {
+    link: Link,
+    /// What its statements may take.
+    timeout: Duration,
+    call_events: Option<Statement>,
+    call_branch: Option<Statement>,
+    query_prepared: Option<Statement>,
+}
+
+/// Why there is no answer.
+struct NoAnswer {
+    error: SourceError,
+    was_sent: bool,
+}
+
+impl Target {
+    /// Connects to nothing yet.
+    pub fn new(name: &str, settings: Settings, connections: usize) -> Result<Self, SourceError> {
+        let connector = Connector::to_target(settings, LONGEST)?;
+        Ok(Target {
+            name: name.to_owned(),
+            connector,
+            free: Semaphore::new(connections),
+            kept: Mutex::default(),
+        })
+    }
+
+    /// `[postgres.NAME]`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it is, for people.
+    pub fn describe(&self) -> String {
+        self.connector.settings().describe()
+    }
+
+    /// A connection of its own.
+    pub async fn connect(&self) -> Result<Link, SourceError> {
+        self.connector.connect().await
+    }
+
+    /// Calls a function for each event, in one transaction. Answers what came of each; an error is one of all of them: nothing is
+    /// known to be done.
+    pub async fn call_events(
+        &self,
+        consumer: &str,
+        function: &Function,
+        batch: &Batch,
+        timeout: Duration,
+    ) -> Result<Vec<Outcome>, Outcome> {
+        let parameters: [&(dyn ToSql + Sync); 6] =
+            [&consumer, &function.schema, &function.name, &batch.ids, &batch.keys, &batch.events];
+        let rows = self
+            .ask("calling for events", CALL_EVENTS, |session| &mut session.call_events, &parameters, timeout)
+            .await?;
+        let mut outcomes = vec![Outcome::accepted(); batch.ids.len()];
+        for row in rows {
+            let (n, state, message): (i32, Option<&str>, Option<&str>) = (row.get(0), row.get(1), row.get(2));
+            let place = usize::try_from(n - 1).ok().and_then(|at| outcomes.get_mut(at));
+            let Some(place) = place else { continue };
+            *place = match state {
+                Some(state) => verdict::of_state(state, message.unwrap_or_default()),
+                None => Outcome::without_answer(Class::Withdrawn, "an earlier event of its key was not done"),
+            };
+        }
+        Ok(outcomes)
+    }
+
+    /// Calls a function for a branch, behind the barrier.
+    pub async fn call_branch(&self, function: &Function, branch: Branch<'_>, timeout: Duration) -> Outcome {
+        let Branch { trans_type, gid, branch_id, op, payload } = branch;
+        let parameters: [&(dyn ToSql + Sync); 7] =
+            [&function.schema, &function.name, &trans_type, &gid, &branch_id, &op, &payload];
+        let asked = self.ask(
+            "calling a branch",
+            CALL_BRANCH,
+            |session| &mut session.call_branch,
+            &parameters,
+            timeout,
+        );
+        asked.await.map_or_else(|outcome| outcome, |_| Outcome::accepted())
+    }
+
+    /// Asks whether a prepared message is committed, in the form that HTTP would answer: success, or 409. Any error means that it
+    /// is not known.
+    pub async fn query_prepared(&self, gid: &str, timeout: Duration) -> Outcome {
+        let parameters: [&(dyn ToSql + Sync); 1] = [&gid];
+        let place: fn(&mut Session) -> &mut Option<Statement> = |session| &mut session.query_prepared;
+        match self
+            .ask("asking whether a message is committed", QUERY_PREPARED, place, &parameters, timeout)
+            .await
+        {
+            Ok(rows) => match rows.first().map(|row| row.get::<_, &str>(0)) {
+                Some("committed") => Outcome::accepted(),
+                Some("rolled_back") => verdict::of_state(verdict::FAILURE, "rolled back"),
+                _ => Outcome::without_answer(Class::Failed, "it is not known whether it is committed"),
+            },
+            // Whatever it raises is no decision.
+            Err(outcome) => Outcome { status: None, ..outcome },
+        }
+    }
+
+    async fn ask(
+        &self,
+        what: &'static str,
+        sql: &'static str,
+        place: fn(&mut Session) -> &mut Option<Statement>,
+        parameters: &[&(dyn ToSql + Sync)],
+        timeout: Duration,
+    ) -> Result<Vec<tokio_postgres::Row>, Outcome> {
+        let patience = CONNECT_WITHIN.max(timeout);
+        let Ok(Ok(_permit)) = tokio::time::timeout(patience, self.free.acquire()).await else {
+            return Err(Outcome::without_answer(
+                Class::Overloaded,
+                format!("all connections to {} are busy", self.name),
+            ));
+        };
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let was_kept = kept.is_some();
+        let mut answer = self.ask_over(kept, what, sql, place, parameters, timeout).await;
+        // One that was kept may have ended long ago.
+        if let Err(NoAnswer { error, was_sent: false }) = &answer
+            && was_kept
+            && !error.spares_connection()
+        {
+            self.kept.lock().unwrap_or_else(PoisonError::into_inner).clear();
+            answer = self.ask_over(None, what, sql, place, parameters, timeout).await;
+        }
+        answer.map_err(|NoAnswer { error, was_sent }| verdict::of_error(&error, was_sent))
+    }
+
+    async fn ask_over(
+        &self,
+        kept: Option<Session>,
+        what: &'static str,
+        sql: &'static str,
+        place: fn(&mut Session) -> &mut Option<Statement>,
+        parameters: &[&(dyn ToSql + Sync)],
+        timeout: Duration,
+    ) -> Result<Vec<tokio_postgres::Row>, NoAnswer> {
+        let unsent = |error| NoAnswer { error, was_sent: false };
+        let mut session = match kept {
+            Some(session) => session,
+            None => {
+                let connecting = tokio::time::timeout(CONNECT_WITHIN, self.connector.connect()).await;
+                let silent = SourceError::Silent { what: "connecting", limit: CONNECT_WITHIN };
+                Session::over(connecting.unwrap_or(Err(silent)).map_err(unsent)?)
+            }
+        };
+        let timeout = timeout.min(LONGEST);
+        if session.timeout != timeout {
+            let set = format!("SET statement_timeout = {}", timeout.as_millis().max(1));
+            session.link.batch("setting a time-out", &set).await.map_err(unsent)?;
+            session.timeout = timeout;
+        }
+        let statement = match place(&mut session).clone() {
+            Some(statement) => statement,
+            None => {
+                let made = match session.link.prepare(what, sql).await {
+                    Ok(made) => made,
+                    Err(error) => return Err(self.refused(session, error, false)),
+                };
+                place(&mut session).insert(made).clone()
+            }
+        };
+        match session.link.query(what, &statement, parameters).await {
+            Ok(rows) => {
+                self.keep(session);
+                Ok(rows)
+            }
+            Err(error) => Err(self.refused(session, error, true)),
+        }
+    }
+
+    fn refused(&self, session: Session, error: SourceError, was_sent: bool) -> NoAnswer {
+        if error.spares_connection() {
+            self.keep(session);
+        }
+        NoAnswer { error, was_sent }
+    }
+
+    fn keep(&self, session: Session) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(session);
+    }
+}
+
+impl Session {
+    fn over(link: Link) -> Self {
+        Session { link, timeout: LONGEST, call_events: None, call_branch: None, query_prepared: None }
+    }
+}
