@@ -23,5 +23,6 @@ mod restore;
 mod rotation;
 mod server_crash;
 mod shutdown;
+mod two_databases;
 mod two_relays;
 mod undeliverable;
