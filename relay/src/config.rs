@@ -23,6 +23,7 @@ use crate::kafka::cluster::Cluster;
 use crate::kafka::settings::ClusterSettings;
 use crate::pipeline::flow::ParkingBounds;
 use crate::pipeline::run::Bounds;
+use crate::server::settings::{ServerSettings, ServerTable};
 use crate::sink::Outlets;
 use crate::source::settings::{Settings, ThisMachine};
 use crate::source::upkeep::Upkeep;
@@ -92,6 +93,7 @@ struct File {
     secret: BTreeMap<String, SecretTable>,
     kafka: BTreeMap<String, Dict>,
     database: BTreeMap<String, DatabaseTable>,
+    dtm_server: Option<ServerTable>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -129,6 +131,7 @@ impl Default for File {
             secret: BTreeMap::new(),
             kafka: BTreeMap::new(),
             database: BTreeMap::new(),
+            dtm_server: None,
         }
     }
 }
@@ -210,6 +213,8 @@ pub struct Config {
     pub kafka: BTreeMap<String, ClusterSettings>,
     /// At least one.
     pub databases: Vec<Database>,
+    /// For DTM's clients.
+    pub dtm_server: Option<ServerSettings>,
 }
 
 impl Config {
@@ -334,6 +339,8 @@ impl File {
                 "--database-url, DTM_DATABASE_URL, or a file with [database.NAME] url = \"postgres://…\"";
             return Err(ConfigError(format!("no database to deliver from: give {ways}")));
         }
+        let dtm_server = self.dtm_server.map(|table| table.read(&databases, &secrets)).transpose();
+        let dtm_server = dtm_server.map_err(|(key, why)| wrong(&format!("dtm_server.{key}"), why))?;
         Ok(Config {
             environment: self.environment,
             name: self.name.unwrap_or_else(host_and_process),
@@ -361,6 +368,7 @@ impl File {
             secrets: Arc::new(secrets),
             kafka,
             databases,
+            dtm_server,
         })
     }
 }

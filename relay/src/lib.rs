@@ -19,6 +19,7 @@ pub mod kafka;
 pub mod logging;
 pub mod operate;
 pub mod pipeline;
+pub mod server;
 pub mod session;
 pub mod sink;
 pub mod source;
