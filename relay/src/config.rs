@@ -24,6 +24,7 @@ use crate::kafka::settings::ClusterSettings;
 use crate::pipeline::flow::ParkingBounds;
 use crate::pipeline::run::Bounds;
 use crate::postgres::settings::{self as targets, TargetSettings, TargetTable};
+use crate::server::settings::{ServerSettings, ServerTable};
 use crate::sink::Outlets;
 use crate::source::error::SourceError;
 use crate::source::settings::{Settings, ThisMachine};
@@ -106,6 +107,7 @@ struct File {
     kafka: BTreeMap<String, Dict>,
     postgres: BTreeMap<String, TargetTable>,
     database: BTreeMap<String, DatabaseTable>,
+    dtm_server: Option<ServerTable>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -144,6 +146,7 @@ impl Default for File {
             kafka: BTreeMap::new(),
             postgres: BTreeMap::new(),
             database: BTreeMap::new(),
+            dtm_server: None,
         }
     }
 }
@@ -227,6 +230,8 @@ pub struct Config {
     pub postgres: BTreeMap<String, TargetSettings>,
     /// At least one.
     pub databases: Vec<Database>,
+    /// For DTM's clients.
+    pub dtm_server: Option<ServerSettings>,
 }
 
 impl Config {
@@ -353,6 +358,8 @@ impl File {
                 "--database-url, DTM_DATABASE_URL, or a file with [database.NAME] url = \"postgres://…\"";
             return Err(ConfigError(format!("no database to deliver from: give {ways}")));
         }
+        let dtm_server = self.dtm_server.map(|table| table.read(&databases, &secrets)).transpose();
+        let dtm_server = dtm_server.map_err(|(key, why)| wrong(&format!("dtm_server.{key}"), why))?;
         Ok(Config {
             environment: self.environment,
             name: self.name.unwrap_or_else(host_and_process),
@@ -381,6 +388,7 @@ impl File {
             kafka,
             postgres,
             databases,
+            dtm_server,
         })
     }
 }

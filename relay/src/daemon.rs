@@ -14,6 +14,7 @@ use uuid::Uuid;
 use crate::config::Config;
 use crate::database::{self, Stopped};
 use crate::pipeline::budget::Budget;
+use crate::server::serve::Server;
 use crate::session::Shared;
 
 /// What a shutdown needs beyond draining, to store cursors and give up leases.
@@ -36,6 +37,12 @@ pub async fn run(config: Config) -> Result<ExitCode, Box<dyn std::error::Error>>
     let outlets = config.outlets()?;
     let shared = Arc::new(Shared { relay: Uuid::new_v4(), outlets, budget, config });
     let stop = CancellationToken::new();
+    let server = match &shared.config.dtm_server {
+        Some(settings) => Some(Server::bind(settings, &shared.config, stop.clone()).await?),
+        None => None,
+    };
+    let mut servers = JoinSet::new();
+    server.map(|server| servers.spawn(server.run()));
     let mut databases = JoinSet::new();
     for database in &shared.config.databases {
         databases.spawn(database::supervise(database.clone(), shared.clone(), stop.clone()));
@@ -50,6 +57,7 @@ pub async fn run(config: Config) -> Result<ExitCode, Box<dyn std::error::Error>>
     info!(signal = received.name, "stopping: what is in flight is waited for");
     stop.cancel();
     let drained = async {
+        while servers.join_next().await.is_some() {}
         let mut stored = true;
         while let Some(ended) = databases.join_next().await {
             stored &= ended.is_ok_and(|stopped| stopped == Stopped::Stored);

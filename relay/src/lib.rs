@@ -20,6 +20,7 @@ pub mod logging;
 pub mod operate;
 pub mod pipeline;
 pub mod postgres;
+pub mod server;
 pub mod session;
 pub mod sink;
 pub mod source;

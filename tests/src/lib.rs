@@ -5,6 +5,7 @@
 pub mod arrivals;
 pub mod bench;
 pub mod cluster;
+pub mod dtm_api;
 pub mod kafka;
 mod kafka_acl;
 pub mod kafka_log;

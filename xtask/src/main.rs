@@ -4,6 +4,7 @@
 mod apt;
 mod cargo;
 mod cli;
+mod clients;
 mod extension;
 mod install;
 mod job;

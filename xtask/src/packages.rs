@@ -88,6 +88,11 @@ pub fn ensure_kafka(workspace: &Workspace) -> Result<()> {
     if missing.is_empty() { Ok(()) } else { provide(workspace, &missing) }
 }
 
+/// Makes sure of the compiler of DTM's Go client.
+pub fn ensure_go(workspace: &Workspace) -> Result<()> {
+    if program("go") { Ok(()) } else { provide(workspace, &["golang-go"]) }
+}
+
 /// Makes sure of the headers that extensions are compiled with, where the PostgreSQL is Debian's: elsewhere it is not known
 /// what they are called.
 pub fn ensure_headers(workspace: &Workspace, pg_config: &PgConfig) -> Result<()> {

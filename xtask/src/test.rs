@@ -6,6 +6,7 @@ use std::process::{Command, ExitCode};
 
 use crate::Result;
 use crate::cargo;
+use crate::clients;
 use crate::extension;
 use crate::job;
 use crate::kafka;
@@ -80,6 +81,7 @@ impl Report<'_> {
         let programs = cargo::build_programs(self.workspace, &[])?;
         let suites = Suites::build(self.workspace)?;
         let kafka = kafka::prepare(self.workspace)?;
+        let clients = clients::prepare(self.workspace)?;
         let mut older: Vec<PathBuf> = Vec::new();
         for major in MAJORS {
             let server = server::prepare(self.workspace, major)?;
@@ -89,7 +91,7 @@ impl Report<'_> {
                     continue;
                 }
                 let mut command = suites.command(suite, self.workspace, &server, &programs)?;
-                command.env(kafka::VARIABLE, &kafka).env(
+                command.env(kafka::VARIABLE, &kafka).env(clients::VARIABLE, &clients).env(
                     "DTM_PG_OLDER_BINS",
                     std::env::join_paths(&older).map_err(|error| error.to_string())?,
                 );

@@ -39,6 +39,11 @@ impl Link {
         Link { client, limit, ended, _driver: AbortOnDropHandle::new(driver) }
     }
 
+    /// Whether the server has closed it, or the network has, as far as that is known.
+    pub fn is_closed(&self) -> bool {
+        self.client.is_closed()
+    }
+
     /// Runs statements that answer nothing.
     pub async fn batch(&self, what: &'static str, sql: &str) -> Result<(), SourceError> {
         self.bounded(what, self.client.batch_execute(sql)).await

@@ -4,6 +4,8 @@
 mod batch;
 pub mod connect;
 pub mod cursors;
+pub mod desk;
+pub mod dtm_api;
 pub mod due;
 pub mod error;
 pub mod head;

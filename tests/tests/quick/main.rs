@@ -8,6 +8,8 @@ mod concurrent;
 mod copies;
 mod dead_letters;
 mod delivery;
+mod dtm_server;
+mod dtm_server_guards;
 mod encodings;
 mod lag;
 mod messages;

@@ -3,6 +3,7 @@
 
 mod administration;
 mod asking;
+mod clients;
 mod commands;
 mod connections;
 mod failover;
