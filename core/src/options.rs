@@ -83,6 +83,18 @@ pub enum Retry {
     Schedule(Vec<Duration>),
 }
 
+impl Retry {
+    /// How long after its first attempt an event is tried for the last time, at the most; attempts themselves not counted.
+    pub fn longest(&self) -> Duration {
+        match self {
+            Retry::Exponential { base, cap, attempts } => (1..*attempts)
+                .map(|nth| base.saturating_mul(1 << (nth - 1).min(31)).min(*cap))
+                .fold(Duration::ZERO, Duration::saturating_add),
+            Retry::Schedule(delays) => delays.iter().copied().fold(Duration::ZERO, Duration::saturating_add),
+        }
+    }
+}
+
 /// The value of a header that goes with every request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HeaderSource {
@@ -399,6 +411,14 @@ mod tests {
     #[test]
     fn absent_options_have_their_defaults() {
         assert_eq!(Options::from_json(&json!({})), Ok(Options::default()));
+    }
+
+    #[test]
+    fn the_last_attempt_comes_after_all_pauses() {
+        let seconds = Duration::from_secs;
+        let doubling = Retry::Exponential { base: seconds(1), cap: seconds(5), attempts: 5 };
+        assert_eq!(doubling.longest(), seconds(1 + 2 + 4 + 5));
+        assert_eq!(Retry::Schedule(vec![seconds(5), seconds(60)]).longest(), seconds(65));
     }
 
     #[test]

@@ -8,12 +8,13 @@ use dtm_core::options::{Guarantee, Options};
 use dtm_core::transaction::COORDINATOR;
 
 use crate::config::{Config, Database};
+use crate::coordinator::settlement::PAUSE_MAX;
 use crate::kafka::position;
 use crate::sink::postgres::PostgresSink;
 use crate::sink::{Outlets, Sink, SinkError};
 use crate::source::connect::Connector;
 use crate::source::error::SourceError;
-use crate::source::inspect::{self, Cursor, Stored};
+use crate::source::inspect::{self, Cursor, Kept, Stored};
 use crate::source::{hello, settings::Settings};
 
 /// How many of a kind are named one by one.
@@ -129,7 +130,35 @@ async fn check(
         findings.note("commits do not wake the relay, it polls: shared_preload_libraries has no pg_dtm");
     }
     subscriptions(&stored, outlets, &greeting.source, findings).await;
+    retention(&stored, inspect::kept(&link).await?, findings);
     Ok(())
+}
+
+/// What receivers remember must outlive what is tried again: else an attempt is taken for a new call.
+fn retention(stored: &[Stored], kept: Kept, findings: &mut Findings) {
+    let longest = stored.iter().filter_map(|subscription| {
+        let options = Options::from_json(&subscription.options).ok()?;
+        Some((options.retry.longest(), &subscription.name))
+    });
+    if let Some((longest, name)) = longest.max()
+        && longest >= kept.receipts
+    {
+        let (longest, receipts) = (longest.as_secs(), kept.receipts.as_secs());
+        findings.wrong(
+            &format!("subscription {name:?} may try an event again for {longest} s, and receipts are kept for {receipts} s"),
+            Some("raise dtm.receipts_kept, or make the retries of the subscription fewer"),
+        );
+    }
+    if kept.barriers <= 2 * PAUSE_MAX {
+        findings.wrong(
+            &format!(
+                "barriers are kept for {} s, and a message may be called again after {} s",
+                kept.barriers.as_secs(),
+                PAUSE_MAX.as_secs()
+            ),
+            Some("raise dtm.barriers_kept: days are usual"),
+        );
+    }
 }
 
 async fn subscriptions(stored: &[Stored], outlets: &Outlets, source: &str, findings: &mut Findings) {

@@ -7,7 +7,7 @@ use super::machine::Status;
 use crate::calls::schedule::Schedule;
 
 /// The longest pause between two attempts …
-const PAUSE_MAX: Duration = Duration::from_secs(3_600);
+pub const PAUSE_MAX: Duration = Duration::from_secs(3_600);
 /// … and where nothing could be sent: to try costs next to nothing then.
 const PAUSE_UNSENT_MAX: Duration = Duration::from_secs(60);
 

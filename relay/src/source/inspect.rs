@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: PostgreSQL
 //! What a database says when it is asked whether all is well. Nothing is changed by asking.
 
+use std::time::Duration;
+
 use super::error::SourceError;
 use super::hello::{self, Greeting};
 use super::link::Link;
@@ -116,6 +118,23 @@ async fn subscriptions(link: &Link) -> Result<Vec<Stored>, SourceError> {
         },
     };
     Ok(rows.iter().map(stored).collect())
+}
+
+/// How long receivers remember.
+#[derive(Clone, Copy, Debug)]
+pub struct Kept {
+    /// dtm.receipts_kept.
+    pub receipts: Duration,
+    /// dtm.barriers_kept.
+    pub barriers: Duration,
+}
+
+/// What this database says of how long they do.
+pub async fn kept(link: &Link) -> Result<Kept, SourceError> {
+    let sql = "SELECT extract(epoch FROM dtm.receipts_kept())::float8, extract(epoch FROM dtm.barriers_kept())::float8";
+    let row = link.query_one(WHAT, sql, &[]).await?;
+    let duration = |at| Duration::try_from_secs_f64(row.get(at)).unwrap_or_default();
+    Ok(Kept { receipts: duration(0), barriers: duration(1) })
 }
 
 /// Why a function of a target cannot be called for events; `None`: it can.

@@ -135,3 +135,21 @@ async fn adopting_tries_again_until_those_who_publish_have_ended() {
     let eras = "SELECT count(DISTINCT era) FROM (SELECT era FROM dtm.log UNION ALL SELECT era FROM dtm.installation) e";
     assert_eq!(client.query_one(eras, &[]).await.expect("eras").get::<_, i64>(0), 2);
 }
+
+#[tokio::test]
+async fn check_refuses_a_memory_of_receivers_that_is_shorter_than_what_is_tried_again() {
+    let cluster = Cluster::builder().start().await;
+    cluster.create_database("shop").await;
+    let client = cluster.connect("shop").await;
+    let subscribe = "SELECT dtm.subscribe('patient', 't', 'http://127.0.0.1:9/', '{\"retry_schedule\": [\"2d\", \"20d\"]}')";
+    client.execute(subscribe, &[]).await.expect("subscribe");
+    assert!(check(&cluster.url("shop")).0);
+    let settings =
+        "ALTER DATABASE shop SET dtm.barriers_kept = '1h'; ALTER DATABASE shop SET dtm.receipts_kept = '21d'";
+    client.batch_execute(settings).await.expect("settings");
+    let (fine, said) = check(&cluster.url("shop"));
+    assert!(
+        !fine && said.contains("raise dtm.barriers_kept") && said.contains("\"patient\" may try"),
+        "{said}"
+    );
+}
