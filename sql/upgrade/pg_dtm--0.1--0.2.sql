@@ -2670,9 +2670,10 @@ DECLARE
     old dtm.transaction;
 BEGIN
     SELECT * INTO old FROM dtm.transaction t WHERE t.gid = server_retry.gid FOR UPDATE;
-    IF old.status IN ('prepared', 'submitted', 'aborting')
-       AND dtm.server_earliest(old.status, old.created_at, old.options) <= clock_timestamp() THEN
-        PERFORM dtm.retry_now(gid);
+    IF old.status IN ('prepared', 'submitted', 'aborting') THEN
+        IF dtm.server_earliest(old.status, old.created_at, old.options) <= clock_timestamp() THEN
+            PERFORM dtm.retry_now(gid);
+        END IF;
     END IF;
     RETURN old.gid IS NOT NULL;
 END
