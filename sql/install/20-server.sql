@@ -56,6 +56,19 @@ BEGIN
 END
 $$;
 
+-- Ends a transaction where it stands. Answers the status that it had; what has ended stays as it is. Null: there is none.
+CREATE FUNCTION dtm.server_stop(gid text) RETURNS text
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    old text := dtm.server_status(gid);
+BEGIN
+    IF old IN ('prepared', 'submitted', 'aborting') THEN
+        PERFORM dtm.force_stop(gid);
+    END IF;
+    RETURN old;
+END
+$$;
+
 -- How far a transaction is: "has_failed": a pass has been made over it and did not end it.
 CREATE FUNCTION dtm.server_progress(gid text) RETURNS jsonb
 LANGUAGE sql STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
@@ -83,9 +96,10 @@ DECLARE
     old dtm.transaction;
 BEGIN
     SELECT * INTO old FROM dtm.transaction t WHERE t.gid = server_retry.gid FOR UPDATE;
-    IF old.status IN ('prepared', 'submitted', 'aborting')
-       AND dtm.server_earliest(old.status, old.created_at, old.options) <= clock_timestamp() THEN
-        PERFORM dtm.retry_now(gid);
+    IF old.status IN ('prepared', 'submitted', 'aborting') THEN
+        IF dtm.server_earliest(old.status, old.created_at, old.options) <= clock_timestamp() THEN
+            PERFORM dtm.retry_now(gid);
+        END IF;
     END IF;
     RETURN old.gid IS NOT NULL;
 END

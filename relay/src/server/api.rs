@@ -76,13 +76,18 @@ impl Api {
             Endpoint::Submit => self.submit(&TransRequest::read(body)?).await,
             Endpoint::Abort => self.abort(&TransRequest::read(body)?).await,
             Endpoint::ForceStop => {
-                transactions.force_stop(&TransRequest::read(body)?.gid()?).await?;
-                Ok(Answer::success())
+                match transactions.force_stop(&TransRequest::read(body)?.gid()?).await?.as_deref() {
+                    Some(old @ ("succeed" | "failed")) => {
+                        Err(Refusal::failure(format!("current status '{old}', cannot force stop. FAILURE")))
+                    }
+                    Some(_) => Ok(Answer::success()),
+                    None => Err(no_transaction()),
+                }
             }
             Endpoint::ResetNextCronTime => match transactions.retry(&TransRequest::read(body)?.gid()?).await?
             {
                 true => Ok(Answer::success()),
-                false => Err(Refusal::wrong("there is no such transaction")),
+                false => Err(no_transaction()),
             },
             Endpoint::ResetCronTime => self.reset_all(&query).await,
             Endpoint::Query => match query.text("gid") {
@@ -140,7 +145,7 @@ impl Api {
                     "trans type: '{kind}' current status '{old}', cannot abort. FAILURE"
                 )))
             }
-            None => Err(Refusal::wrong("there is no such transaction")),
+            None => Err(no_transaction()),
         }
     }
 
@@ -168,6 +173,10 @@ impl Api {
         }
         Ok(Answer::object(found))
     }
+}
+
+fn no_transaction() -> Refusal {
+    Refusal::wrong("there is no such transaction")
 }
 
 fn limit(query: &Query) -> Result<i32, Refusal> {

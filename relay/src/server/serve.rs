@@ -45,6 +45,9 @@ const ARRIVAL: Duration = Duration::from_secs(30);
 const WORK: Duration = Duration::from_secs(45);
 /// Bytes of a body: above what the payloads of a transaction may have, unless an administrator raises dtm.max_payload.
 const BODY_MAX: usize = 4 << 20;
+/// Of what is refused so much is read on, and for so long.
+const DISCARDED_MAX: usize = 16 << 20;
+const DISCARDING: Duration = Duration::from_secs(5);
 /// For one statement.
 const STATEMENT: Duration = Duration::from_secs(10);
 /// After an error of accepting, such as too many open files.
@@ -208,23 +211,56 @@ async fn work(
     takes_method: bool,
     request: Request<Incoming>,
 ) -> Result<Answer, Refusal> {
-    let (parts, body) = request.into_parts();
-    api.admit(endpoint, &parts.headers)?;
-    if !takes_method {
-        let why = format!("{} does not take {}", endpoint.name(), parts.method);
-        return Err(Refusal::error(StatusCode::METHOD_NOT_ALLOWED, why));
-    }
+    let (parts, mut body) = request.into_parts();
+    let admitted = api.admit(endpoint, &parts.headers).and_then(|()| match takes_method {
+        true => Ok(()),
+        false => {
+            let why = format!("{} does not take {}", endpoint.name(), parts.method);
+            Err(Refusal::error(StatusCode::METHOD_NOT_ALLOWED, why))
+        }
+    });
+    let arrived = match admitted {
+        Ok(()) => arrived(&mut body).await,
+        Err(refusal) => Err(refusal),
+    };
+    let body = match arrived {
+        Ok(body) => body,
+        Err(refusal) => {
+            discard(&mut body).await;
+            return Err(refusal);
+        }
+    };
+    let late = || Refusal::error(StatusCode::SERVICE_UNAVAILABLE, "it took too long; it may have been done");
+    timeout(WORK, api.answer(endpoint, &parts, &body)).await.unwrap_or_else(|_| Err(late()))
+}
+
+async fn arrived(body: &mut Incoming) -> Result<Bytes, Refusal> {
     let too_large =
         || Refusal::error(StatusCode::PAYLOAD_TOO_LARGE, format!("the body has more than {BODY_MAX} bytes"));
     if body.size_hint().lower() > BODY_MAX as u64 {
         return Err(too_large());
     }
-    let body = match timeout(ARRIVAL, Limited::new(body, BODY_MAX).collect()).await {
-        Ok(Ok(body)) => body.to_bytes(),
-        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => return Err(too_large()),
-        Ok(Err(error)) => return Err(Refusal::bad(format!("the body did not arrive: {error}"))),
-        Err(_) => return Err(Refusal::error(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time")),
+    match timeout(ARRIVAL, Limited::new(body, BODY_MAX).collect()).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => Err(too_large()),
+        Ok(Err(error)) => Err(Refusal::bad(format!("the body did not arrive: {error}"))),
+        Err(_) => Err(Refusal::error(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time")),
+    }
+}
+
+/// Passes over the rest of a body, within bounds: a client that is still sending when its connection is closed may never see
+/// the answer.
+async fn discard(body: &mut Incoming) {
+    let rest = async {
+        let mut size = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            size += frame.data_ref().map_or(0, Bytes::len);
+            if size > DISCARDED_MAX {
+                return;
+            }
+        }
     };
-    let late = || Refusal::error(StatusCode::SERVICE_UNAVAILABLE, "it took too long; it may have been done");
-    timeout(WORK, api.answer(endpoint, &parts, &body)).await.unwrap_or_else(|_| Err(late()))
+    if timeout(DISCARDING, rest).await.is_err() {
+        debug!("a client goes on sending what is refused");
+    }
 }

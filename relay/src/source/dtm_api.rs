@@ -79,9 +79,9 @@ impl Transactions {
         Ok(first(&self.0.ask("aborting a message", sql, &[&gid, &reason]).await?))
     }
 
-    /// Ends it where it stands.
-    pub async fn force_stop(&self, gid: &str) -> Result<(), SourceError> {
-        self.0.ask("stopping a transaction", "SELECT dtm.force_stop($1)::text", &[&gid]).await.map(drop)
+    /// Ends it where it stands. Answers the status that it had; `None`: there is none.
+    pub async fn force_stop(&self, gid: &str) -> Result<Option<String>, SourceError> {
+        Ok(first(&self.0.ask("stopping a transaction", "SELECT dtm.server_stop($1)", &[&gid]).await?))
     }
 
     /// How far it is, in the form of dtm.server_progress. `None`: there is none.
