@@ -14,7 +14,7 @@ use http::{Method, Uri};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::endpoints::{Endpoints, Health};
+use super::endpoints::{Endpoints, Health, Standing};
 use super::machine::{Answer, Report};
 use crate::calls::http::Endpoint;
 use crate::calls::outcome::{Class, Outcome};
@@ -136,20 +136,24 @@ impl Caller {
         };
         let answer = judge(&outcome, options);
         let health = health(&outcome, &answer);
-        let works = ended.with(health);
+        let standing = ended.with(health);
         let error = match outcome.body.as_str() {
             "" => outcome.to_string(),
             body => format!("{outcome}: {body}"),
         };
-        let is_its_fault = health != Health::Works;
         let report = Report {
             answer,
             was_called: true,
             status: outcome.status,
             error,
-            endpoint: is_its_fault.then(|| endpoint.clone()),
+            endpoint: (standing == Standing::Down).then(|| endpoint.clone()),
         };
-        Called { report, revived: works.then_some(endpoint) }
+        Called { report, revived: (standing == Standing::Revived).then_some(endpoint) }
+    }
+
+    /// Whether an endpoint works, as far as is known.
+    pub fn is_up(&self, endpoint: &str) -> bool {
+        self.endpoints.is_up(endpoint)
     }
 
     /// A function behind the barrier; without one, whether a message is committed.
@@ -288,7 +292,7 @@ struct Ended<'a> {
 }
 
 impl Ended<'_> {
-    fn with(self, health: Health) -> bool {
+    fn with(self, health: Health) -> Standing {
         let this = std::mem::ManuallyDrop::new(self);
         this.endpoints.ended(this.endpoint, this.gid, health, Instant::now(), rand::random())
     }

@@ -148,7 +148,7 @@ impl Coordinator {
     async fn pass(&self, transaction: &Transaction) -> bool {
         let mut machine = Machine::new(transaction.state.clone());
         loop {
-            match machine.next() {
+            match machine.step() {
                 Next::AskWhetherCommitted => {
                     if !self.valid().await {
                         return false;
@@ -221,6 +221,13 @@ impl Coordinator {
             "error": settlement.error.as_ref().filter(|_| is_asking || stuck), "failures": settlement.failures,
             "retry_in": retry_in, "endpoint": endpoint, "stuck": stuck, "branches": branches,
         })).await;
+        // It may have begun to work since it was called: then nobody else says so.
+        if stored
+            && let Some(endpoint) = endpoint
+            && self.caller.is_up(endpoint)
+        {
+            self.store.revive(endpoint).await;
+        }
         if stored {
             tell(transaction, &settlement);
         }

@@ -19,8 +19,8 @@ const PROBE_CAP: Duration = Duration::from_secs(2);
 struct Endpoint {
     circuit: Circuit<String>,
     in_flight: usize,
-    /// Something failed there since it last worked: somebody may wait for it.
-    has_failed: bool,
+    /// It was down since it last worked: somebody may wait for it.
+    was_down: bool,
 }
 
 /// All services that were called lately, by scheme and authority, or cluster.
@@ -38,6 +38,17 @@ pub enum Health {
     Fails,
     /// It could not be reached.
     Away,
+}
+
+/// How a service stands after a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It works, whatever came of this call.
+    Up,
+    /// It works again: what waits for it may go on.
+    Revived,
+    /// It is down: what was called is not to blame.
+    Down,
 }
 
 impl Endpoints {
@@ -58,23 +69,28 @@ impl Endpoints {
             return admitted;
         }
         if known.len() >= KNOWN_MAX {
-            known.retain(|_, endpoint| endpoint.in_flight > 0 || endpoint.has_failed);
+            known.retain(|_, endpoint| endpoint.in_flight > 0 || endpoint.was_down);
         }
         let circuit = Circuit::new(Schedule::exponential(PROBE_BASE, PROBE_CAP, None));
-        known.insert(endpoint.to_owned(), Endpoint { circuit, in_flight: 1, has_failed: false });
+        known.insert(endpoint.to_owned(), Endpoint { circuit, in_flight: 1, was_down: false });
         true
     }
 
-    /// A call has ended. Answers whether the service works again, so that what waits for it may go on.
-    pub fn ended(&self, endpoint: &str, gid: &str, health: Health, now: Instant, random: f64) -> bool {
+    /// Whether it works, as far as is known.
+    pub fn is_up(&self, endpoint: &str) -> bool {
+        self.lock().get(endpoint).is_none_or(|known| !known.circuit.is_open())
+    }
+
+    /// A call has ended.
+    pub fn ended(&self, endpoint: &str, gid: &str, health: Health, now: Instant, random: f64) -> Standing {
         let mut known = self.lock();
-        let Some(found) = known.get_mut(endpoint) else { return false };
+        let Some(found) = known.get_mut(endpoint) else { return Standing::Up };
         found.in_flight = found.in_flight.saturating_sub(1);
         let gid = gid.to_owned();
         match health {
             Health::Works => {
                 found.circuit.succeeded(&gid);
-                return std::mem::take(&mut found.has_failed);
+                return if std::mem::take(&mut found.was_down) { Standing::Revived } else { Standing::Up };
             }
             Health::Fails => {
                 let waiting = found.in_flight + 1;
@@ -84,8 +100,8 @@ impl Endpoints {
                 found.circuit.trip(&gid, now, random);
             }
         }
-        found.has_failed = true;
-        false
+        found.was_down |= found.circuit.is_open();
+        if found.circuit.is_open() { Standing::Down } else { Standing::Up }
     }
 }
 
@@ -97,14 +113,25 @@ mod tests {
     fn a_service_that_is_away_is_left_alone_but_for_probes_until_it_works() {
         let (endpoints, begin) = (Endpoints::default(), Instant::now());
         assert!(endpoints.admit("http://a", "1", begin));
-        assert!(!endpoints.ended("http://a", "1", Health::Away, begin, 0.0));
+        assert_eq!(endpoints.ended("http://a", "1", Health::Away, begin, 0.0), Standing::Down);
         assert!(!endpoints.admit("http://a", "1", begin), "it is down");
         assert!(endpoints.admit("http://b", "1", begin), "others are not");
         let later = begin + PROBE_BASE;
         assert!(endpoints.admit("http://a", "7", later));
-        assert!(endpoints.ended("http://a", "7", Health::Works, later, 0.0), "what waits for it is told");
+        assert_eq!(endpoints.ended("http://a", "7", Health::Works, later, 0.0), Standing::Revived);
+        assert!(endpoints.is_up("http://a"));
         assert!(endpoints.admit("http://a", "1", later) && endpoints.admit("http://a", "2", later));
-        assert!(!endpoints.ended("http://a", "1", Health::Works, later, 0.0), "once");
+        assert_eq!(endpoints.ended("http://a", "1", Health::Works, later, 0.0), Standing::Up, "once");
+    }
+
+    #[test]
+    fn one_that_fails_among_others_that_do_not_brings_nobody_to_try_again_at_once() {
+        let (endpoints, now) = (Endpoints::default(), Instant::now());
+        for _ in 0..20 {
+            assert!(endpoints.admit("http://a", "bad", now) && endpoints.admit("http://a", "good", now));
+            assert_eq!(endpoints.ended("http://a", "bad", Health::Fails, now, 0.0), Standing::Up);
+            assert_eq!(endpoints.ended("http://a", "good", Health::Works, now, 0.0), Standing::Up);
+        }
     }
 
     #[test]

@@ -122,7 +122,7 @@ pub struct Report {
     pub status: Option<u16>,
     /// What went wrong, in words.
     pub error: String,
-    /// Whose failure it was, if it may be the endpoint's.
+    /// Its endpoint, if that is down.
     pub endpoint: Option<String>,
 }
 
@@ -169,7 +169,7 @@ impl Machine {
     }
 
     /// What is to be done now. The driver does it, and says what came of it.
-    pub fn next(&mut self) -> Next {
+    pub fn step(&mut self) -> Next {
         if self.halt.is_some() || self.state.status.is_terminal() {
             return Next::Settle;
         }

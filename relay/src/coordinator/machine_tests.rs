@@ -28,10 +28,10 @@ fn report(answer: Answer) -> Report {
 fn actions_are_called_in_order_and_a_clean_pass_stores_only_the_end() {
     let mut machine = Machine::new(submitted(2));
     for at in 0..2 {
-        assert_eq!(machine.next(), Next::Call(vec![at]));
+        assert_eq!(machine.step(), Next::Call(vec![at]));
         machine.answered(at, report(Answer::Success));
     }
-    assert_eq!(machine.next(), Next::Settle);
+    assert_eq!(machine.step(), Next::Settle);
     let settlement = machine.settle();
     assert!(settlement.is_clean && settlement.results.is_empty());
     assert_eq!(
@@ -44,11 +44,11 @@ fn actions_are_called_in_order_and_a_clean_pass_stores_only_the_end() {
 fn the_first_that_fails_ends_the_pass_and_what_was_done_before_is_kept() {
     for answer in [Answer::Failure, Answer::Ongoing, Answer::Unknown] {
         let mut machine = Machine::new(State { failures: 3, ..submitted(3) });
-        machine.next();
+        machine.step();
         machine.answered(0, report(Answer::Success));
-        assert_eq!(machine.next(), Next::Call(vec![1]));
+        assert_eq!(machine.step(), Next::Call(vec![1]));
         machine.answered(1, report(answer.clone()));
-        assert_eq!(machine.next(), Next::Settle);
+        assert_eq!(machine.step(), Next::Settle);
         let settlement = machine.settle();
         assert_eq!((settlement.to, settlement.results.len()), (Status::Submitted, 2));
         assert_eq!(
@@ -65,7 +65,7 @@ fn concurrent_actions_are_called_at_once_and_only_those_that_are_not_done() {
     let mut state = State { concurrent: true, ..submitted(3) };
     state.branches[1].is_done = true;
     let mut machine = Machine::new(state);
-    assert_eq!(machine.next(), Next::Call(vec![0, 2]));
+    assert_eq!(machine.step(), Next::Call(vec![0, 2]));
     machine.answered(0, report(Answer::Ongoing));
     machine.answered(2, report(Answer::Unknown));
     assert_eq!(machine.settle().failures, 1);
@@ -76,7 +76,7 @@ fn after_its_last_attempt_a_branch_waits_for_a_decision() {
     let mut state = State { retry_limit: Some(2), ..submitted(1) };
     state.branches[0].attempts = 1;
     let mut machine = Machine::new(state);
-    machine.next();
+    machine.step();
     machine.answered(0, report(Answer::Unknown));
     assert_eq!(machine.settle().then, Then::Decide);
 }
@@ -85,25 +85,25 @@ fn after_its_last_attempt_a_branch_waits_for_a_decision() {
 fn what_is_prepared_is_asked_about_and_stored_as_submitted_before_anything_is_called() {
     let prepared = State { status: Status::Prepared, waits: true, ..submitted(1) };
     let mut machine = Machine::new(prepared.clone());
-    assert_eq!(machine.next(), Next::AskWhetherCommitted);
+    assert_eq!(machine.step(), Next::AskWhetherCommitted);
     machine.told_whether_committed(report(Answer::Success));
-    assert_eq!(machine.next(), Next::StoreSubmitted);
+    assert_eq!(machine.step(), Next::StoreSubmitted);
     machine.stored();
-    assert_eq!(machine.next(), Next::Call(vec![0]));
+    assert_eq!(machine.step(), Next::Call(vec![0]));
     machine.answered(0, report(Answer::Success));
-    assert_eq!(machine.next(), Next::Settle);
+    assert_eq!(machine.step(), Next::Settle);
     let settlement = machine.settle();
     assert_eq!((settlement.from, settlement.to), (Status::Submitted, Status::Succeed));
     assert!(!settlement.is_clean, "its row of dtm.due goes, too");
 
     let mut machine = Machine::new(prepared.clone());
-    machine.next();
+    machine.step();
     machine.told_whether_committed(report(Answer::Failure));
-    assert_eq!(machine.next(), Next::Settle);
+    assert_eq!(machine.step(), Next::Settle);
     assert_eq!(machine.settle().to, Status::Failed);
 
     let mut machine = Machine::new(State { undecidable: true, ..prepared });
-    assert_eq!(machine.next(), Next::Settle, "nobody is asked");
+    assert_eq!(machine.step(), Next::Settle, "nobody is asked");
     let settlement = machine.settle();
     assert_eq!((settlement.to, settlement.then), (Status::Prepared, Then::Decide));
 }
@@ -169,7 +169,7 @@ impl Tables {
                 2 => Answer::Failure,
                 _ => Answer::Success,
             };
-            match machine.next() {
+            match machine.step() {
                 Next::AskWhetherCommitted => {
                     assert_eq!(self.state.status, Status::Prepared);
                     let answer = match answer {

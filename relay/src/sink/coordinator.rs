@@ -27,6 +27,11 @@ impl<T: AsRef<Event> + Send + 'static> CoordinatorSender<T> {
         self.attempts.len()
     }
 
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Begins a pass.
     pub fn send(&mut self, item: T) {
         let coordinator = self.coordinator.clone();

@@ -101,6 +101,11 @@ impl<T: AsRef<Event> + Send + 'static> HttpSender<T> {
         self.attempts.len()
     }
 
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Makes a request.
     pub fn send(&mut self, item: T) {
         let sink = self.sink.clone();

@@ -140,6 +140,11 @@ impl<T: AsRef<Event> + Send + Sync + 'static> PostgresSender<T> {
         self.waiting.len() + self.in_flight
     }
 
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Whether it takes another event.
     pub fn has_room(&self) -> bool {
         self.waiting.len() < WAITING_MAX
