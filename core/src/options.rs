@@ -442,6 +442,7 @@ mod tests {
     fn options_have_to_go_with_the_destination() {
         let http = Destination::parse("http://host/").unwrap();
         let kafka = Destination::parse("kafka://main/orders").unwrap();
+        let function = Destination::parse("postgres://stock/public.take").unwrap();
         let read = |json: Value, to: &Destination| Options::for_destination(&json, to);
         assert_eq!(read(json!({}), &http).unwrap().max_in_flight, 32);
         assert_eq!(read(json!({}), &kafka).unwrap().max_in_flight, KAFKA_IN_FLIGHT);
@@ -449,6 +450,15 @@ mod tests {
         assert_eq!(read(json!({"max_in_flight": 1_025}), &kafka).unwrap().max_in_flight, 1_025);
         assert!(read(json!({"format": "binary"}), &http).is_err());
         assert!(read(json!({"timeout": 1}), &kafka).is_err());
+        assert_eq!(read(json!({"timeout": 1}), &function).unwrap().timeout, Duration::from_secs(1));
+        assert!(read(json!({"max_in_flight": 1_025}), &function).is_err());
+        for bad in [
+            json!({"headers": {"x": "1"}}),
+            json!({"format": "binary"}),
+            json!({"delivery": "at-least-once"}),
+        ] {
+            assert!(matches!(read(bad.clone(), &function), Err(OptionError::Mismatch { .. })), "{bad}");
+        }
         let once = |more: Value| {
             let mut json = json!({"delivery": "exactly-once"});
             json.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
