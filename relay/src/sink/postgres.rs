@@ -107,6 +107,11 @@ impl PostgresSink {
                 Ok(mut outcomes) => outcomes.pop().unwrap_or_else(withdrawn),
                 Err(outcome) => outcome,
             };
+            if outcome.class == Class::Unsent {
+                // It is away by now: each of the others would wait for it in turn.
+                outcomes.resize(items.len(), outcome);
+                break;
+            }
             if outcome.class != Class::Accepted {
                 failed.extend(key.clone());
             }
