@@ -87,6 +87,47 @@ async fn a_connection_over_which_no_answer_comes_is_given_up_and_what_it_does_la
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_waits_while_an_event_fails_does_not_overtake_it_if_it_is_of_its_key() {
+    let site = Site::start().await;
+    let client = site.client().await;
+    subscribe(&client, r#"{"retry_base": 0.05, "retry_cap": 0.2}"#).await;
+    let sql = "SELECT dtm.publish('orders', jsonb_build_object('n', $1::int, 'slow', $2::text), key => $3)";
+    client.execute(sql, &[&0, &"yes", &"k0"]).await.expect("publish");
+    // It is on its way when these come.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    for n in 1..=20 {
+        let key = format!("k{}", n % 2);
+        client.execute(sql, &[&n, &"no", &key]).await.expect("publish");
+    }
+    let stock = site.at_stock().await;
+    asking::wait(&stock, "SELECT count(*) FROM taken", |taken| taken == 21).await;
+    assert_once_and_in_order(&stock, 21).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_is_shut_down_in_the_midst_of_calls_costs_no_event_its_attempts() {
+    let mut site = Site::start().await;
+    let client = site.client().await;
+    subscribe(&client, r#"{"retry_base": 0.05, "retry_cap": 0.2, "retry_attempts": 2}"#).await;
+    let mut published = 0;
+    for away in [0.1, 0.3, 5.0, 0.1, 1.0] {
+        for n in 0..250 {
+            publish(&client, published).await;
+            published += 1;
+            if n == 150 {
+                site.stock.stop().await;
+            }
+        }
+        tokio::time::sleep(Duration::from_secs_f64(away)).await;
+        site.stock.start().await;
+    }
+    let (stock, count) = (site.at_stock().await, i64::from(published));
+    asking::wait(&stock, "SELECT count(*) FROM taken", |taken| taken == count).await;
+    assert_once_and_in_order(&stock, count).await;
+    assert_eq!(asking::number(&client, "SELECT count(*) FROM dtm.dead_letters").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn check_tries_each_target_also_one_that_no_subscription_names() {
     let (shop, stock) = (Cluster::builder().start().await, Cluster::builder().start().await);
     shop.create_database("shop").await;

@@ -13,11 +13,17 @@ use crate::asking;
 
 /// What the other database does: each effect is counted, so that a second one is seen.
 const STOCK: &str = r"
+    CREATE SEQUENCE tries;
     CREATE TABLE taken (id text PRIMARY KEY, key text, n int, times int NOT NULL DEFAULT 1, at bigserial);
     CREATE FUNCTION on_order(event jsonb) RETURNS void LANGUAGE plpgsql AS $$
     BEGIN
         IF event #>> '{data,poison}' = 'yes' THEN
             RAISE EXCEPTION 'no such order';
+        END IF;
+        -- A sequence counts what is rolled back too.
+        IF event #>> '{data,slow}' = 'yes' AND nextval('tries') < 4 THEN
+            PERFORM pg_sleep(0.5);
+            RAISE EXCEPTION 'not yet';
         END IF;
         IF event #>> '{data,raise}' <> '' THEN
             RAISE EXCEPTION 'raised' USING ERRCODE = event #>> '{data,raise}';
@@ -37,12 +43,13 @@ const STOCK: &str = r"
     CREATE ROLE relay LOGIN;
     GRANT USAGE ON SCHEMA dtm TO relay;
     GRANT EXECUTE ON FUNCTION dtm.receive, dtm.call_events, dtm.call_branch, dtm.barrier, dtm.query_prepared TO relay;
-    GRANT ALL ON taken, taken_at_seq TO relay;";
+    GRANT ALL ON taken, taken_at_seq, tries TO relay;";
 
 /// A database that events are published in, one that they go to, and a relay between them.
 pub struct Site {
     shop: Cluster,
-    stock: Cluster,
+    /// Where the events go.
+    pub stock: Cluster,
     relay: Relay,
     configuration: String,
 }
