@@ -133,13 +133,13 @@ fn postgres(rest: &str) -> Result<Destination, DestinationError> {
                 function: function.to_owned(),
             })
         }
-        _ => why("a function is schema.function, each of 1 to 63 letters, digits and _, as it is stored"),
+        _ => why("a function is schema.function, each of 1 to 63 letters, digits, _ and $, as it is stored"),
     }
 }
 
 /// Whether a text is an identifier that is fit for a URI.
 fn is_identifier(text: &str) -> bool {
-    let allowed = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"_$".contains(&b);
     (1..=63).contains(&text.len()) && text.bytes().all(allowed) && !text.as_bytes()[0].is_ascii_digit()
 }
 
@@ -189,7 +189,9 @@ mod tests {
 
     #[test]
     fn postgres_destinations_name_a_target_and_a_function() {
-        for good in ["postgres://stock/public.take", "postgres://eu-1/app.on_order_2"] {
+        for good in
+            ["postgres://stock/public.take", "postgres://eu-1/app.on_order_2", "postgres://stock/_a.B$1"]
+        {
             assert_eq!(Destination::parse(good).unwrap().to_string(), good);
         }
         for bad in [

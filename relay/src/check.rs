@@ -72,6 +72,7 @@ pub async fn run(config: &Config) -> ExitCode {
         }
     };
     clusters(&outlets, &mut findings).await;
+    targets(&outlets, &mut findings).await;
     for database in &config.databases {
         println!("{}: {}", database.name, database.settings.describe());
         if let Err(error) = check(config, &outlets, database, &mut findings).await {
@@ -239,6 +240,30 @@ async fn callable(sink: &PostgresSink) -> Result<(), (String, &'static str)> {
         Ok(None) => Ok(()),
         Ok(Some(problem)) => Err((format!("postgres.{target}: {problem}"), mend)),
         Err(error) => Err((format!("postgres.{target}: {error}"), mend)),
+    }
+}
+
+/// Whether each database that functions are called in can be called: steps of messages may name one that no subscription does.
+async fn targets(outlets: &Outlets, findings: &mut Findings) {
+    for (name, target) in outlets.postgres.iter() {
+        println!("postgres.{name}: {}", target.describe());
+        let asked = async { inspect::target(&target.connect().await?).await };
+        match asked.await {
+            Ok(Some(found)) => {
+                findings.good(&format!("it answers, and has the extension pg_dtm {}", found.version));
+                if !found.uncallable.is_empty() {
+                    findings.note(&format!("the role may not execute {}", found.uncallable.join(", ")));
+                }
+            }
+            Ok(None) => findings.wrong(
+                "it does not have the extension pg_dtm",
+                Some("run CREATE EXTENSION pg_dtm there, and grant its functions to the relay's role (see the README)"),
+            ),
+            Err(error) => {
+                let mend = "see that the database is there and lets the relay's role in";
+                findings.wrong(&error.to_string(), Some(error.hint().unwrap_or(mend)));
+            }
+        }
     }
 }
 

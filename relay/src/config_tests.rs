@@ -90,6 +90,19 @@ fn what_is_wrong_is_told_in_one_line_with_file_and_key() {
             vec!["relay.toml", "database.main.url: connection URL: sslmode=no is none of disable"],
         ),
         ("[database.main]\nurl = \"postgres://u:hunter2@h", vec!["relay.toml", "line 2"]),
+        ("[postgres.stock]", vec!["relay.toml", "postgres.stock.url: it is missing"]),
+        (
+            "[postgres.stock]\nurl = \"postgres://u:hunter2@h/d?sslmode=no\"",
+            vec!["relay.toml", "postgres.stock.url: connection URL: sslmode=no is none of disable"],
+        ),
+        (
+            "[postgres.stock]\nurl = \"postgres://u@h/d\"\nconnections = 65",
+            vec!["relay.toml", "postgres.stock.connections: 65 is not between 1 and 64"],
+        ),
+        (
+            "[postgres.\"a b\"]\nurl = \"postgres://u@h/d\"",
+            vec!["relay.toml", "postgres.a b: a name has 1 to 64 letters"],
+        ),
     ] {
         let error = load(text, None).unwrap_err();
         for part in parts {

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::verdict;
 use crate::calls::outcome::{Class, Outcome};
-use crate::source::connect::Connector;
+use crate::source::connect::{Connector, GRACE};
 use crate::source::error::SourceError;
 use crate::source::link::Link;
 use crate::source::settings::Settings;
@@ -186,7 +186,7 @@ impl Target {
                 format!("all connections to {} are busy", self.name),
             ));
         };
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let kept = self.take_kept();
         let was_kept = kept.is_some();
         let mut answer = self.ask_over(kept, what, sql, place, parameters, timeout).await;
         // One that was kept may have ended long ago.
@@ -220,6 +220,8 @@ impl Target {
         };
         let timeout = timeout.min(LONGEST);
         if session.timeout != timeout {
+            // The server may be stopped, or the network silent: then its own time-out tells nobody.
+            session.link.set_limit(timeout + GRACE);
             let set = format!("SET statement_timeout = {}", timeout.as_millis().max(1));
             session.link.batch("setting a time-out", &set).await.map_err(unsent)?;
             session.timeout = timeout;
@@ -248,6 +250,12 @@ impl Target {
             self.keep(session);
         }
         NoAnswer { error, was_sent }
+    }
+
+    /// One that is known to have ended is no more than none: what is sent over it is not sent.
+    fn take_kept(&self) -> Option<Session> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        std::iter::from_fn(|| kept.pop()).find(|session| !session.link.is_closed())
     }
 
     fn keep(&self, session: Session) {

@@ -107,6 +107,11 @@ impl PostgresSink {
                 Ok(mut outcomes) => outcomes.pop().unwrap_or_else(withdrawn),
                 Err(outcome) => outcome,
             };
+            if outcome.class == Class::Unsent {
+                // It is away by now: each of the others would wait for it in turn.
+                outcomes.resize(items.len(), outcome);
+                break;
+            }
             if outcome.class != Class::Accepted {
                 failed.extend(key.clone());
             }
@@ -183,9 +188,73 @@ impl<T: AsRef<Event> + Send + Sync + 'static> PostgresSender<T> {
             self.begin();
         }
         let Some(sent) = &mut self.sent else { return std::future::pending().await };
-        let answers = sent.await;
+        let mut answers = sent.await;
         self.sent = None;
         self.in_flight = 0;
+        self.take_back(&mut answers);
         answers
+    }
+
+    /// What waits and is of a key that has failed comes back too: it must not arrive before what failed goes again.
+    fn take_back(&mut self, answers: &mut Vec<(T, Outcome)>) {
+        let failed = answers.iter().filter(|(_, outcome)| outcome.class != Class::Accepted);
+        let failed: HashSet<_> = failed.filter_map(|(item, _)| item.as_ref().key.clone()).collect();
+        let has_failed = |item: &T| item.as_ref().key.as_ref().is_some_and(|key| failed.contains(key));
+        let (back, waiting): (VecDeque<T>, _) = self.waiting.drain(..).partition(has_failed);
+        self.waiting = waiting;
+        answers.extend(back.into_iter().map(|item| (item, withdrawn())));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::source::settings::{Settings, ThisMachine};
+
+    struct Item(Event);
+
+    impl AsRef<Event> for Item {
+        fn as_ref(&self) -> &Event {
+            &self.0
+        }
+    }
+
+    fn event(seq: i64, key: Option<&str>) -> Item {
+        Item(Event {
+            seq,
+            published_at_us: seq,
+            id: Uuid::from_u128(seq as u128),
+            topic: "t".into(),
+            key: key.map(Into::into),
+            content_type: "application/json".into(),
+            headers: None,
+            payload: None,
+        })
+    }
+
+    #[tokio::test]
+    async fn what_waits_comes_back_with_an_event_of_its_key_that_failed() {
+        let settings = Settings::parse("postgres://u@h/d", &ThisMachine).unwrap();
+        let target = Arc::new(Target::new("stock", settings, 1).unwrap());
+        let function = Function { schema: "public".into(), name: "f".into() };
+        let sink = PostgresSink::new(target, function, "s", &Options::default(), "/s");
+        let mut sender = PostgresSender::new(Arc::new(sink));
+        let sent = vec![
+            (event(1, Some("a")), Outcome::accepted()),
+            (event(2, Some("b")), Outcome::without_answer(Class::Failed, "x")),
+            (event(3, None), Outcome::without_answer(Class::Failed, "x")),
+        ];
+        sender.in_flight = sent.len();
+        sender.sent = Some(std::future::ready(sent).boxed());
+        for (seq, key) in [(4, Some("b")), (5, Some("a")), (6, None), (7, Some("b"))] {
+            sender.send(event(seq, key));
+        }
+        let answers = sender.answers().await;
+        let found: Vec<_> = answers.iter().map(|(item, outcome)| (item.0.seq, outcome.class)).collect();
+        let (failed, withdrawn) = (Class::Failed, Class::Withdrawn);
+        assert_eq!(found, [(1, Class::Accepted), (2, failed), (3, failed), (4, withdrawn), (7, withdrawn)]);
+        assert_eq!(sender.waiting.iter().map(|item| item.0.seq).collect::<Vec<_>>(), [5, 6]);
     }
 }

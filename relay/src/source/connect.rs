@@ -32,7 +32,7 @@ const TARGET_SESSION: &str = "SET default_transaction_isolation = 'read committe
     SET idle_in_transaction_session_timeout = '60s'";
 
 /// How much longer the relay waits for an answer than the server works on it.
-const GRACE: Duration = Duration::from_secs(5);
+pub const GRACE: Duration = Duration::from_secs(5);
 
 /// Makes connections to one database.
 #[derive(Clone)]

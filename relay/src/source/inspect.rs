@@ -137,6 +137,31 @@ pub async fn kept(link: &Link) -> Result<Kept, SourceError> {
     Ok(Kept { receipts: duration(0), barriers: duration(1) })
 }
 
+/// The extension in a database that functions are called in.
+#[derive(Clone, Debug)]
+pub struct TargetExtension {
+    /// Its version.
+    pub version: String,
+    /// What calls need and the role cannot execute, or this version does not have.
+    pub uncallable: Vec<String>,
+}
+
+/// What a target has of the extension; `None`: it does not have it.
+pub async fn target(link: &Link) -> Result<Option<TargetExtension>, SourceError> {
+    // By the catalogs: where the role may not use the schema, to_regprocedure raises.
+    let sql = "SELECT e.extversion, ARRAY(
+            SELECT 'dtm.' || needed
+            FROM pg_catalog.unnest('{receive,call_events,call_branch,barrier,query_prepared}'::text[]) AS needed
+            WHERE NOT EXISTS (
+                SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+                WHERE n.nspname = 'dtm' AND p.proname = needed
+                  AND pg_catalog.has_schema_privilege(n.oid, 'USAGE')
+                  AND pg_catalog.has_function_privilege(p.oid, 'EXECUTE')))
+        FROM pg_catalog.pg_extension e WHERE e.extname = 'pg_dtm'";
+    let rows = link.query("looking for the extension", sql, &[]).await?;
+    Ok(rows.first().map(|row| TargetExtension { version: row.get(0), uncallable: row.get(1) }))
+}
+
 /// Why a function of a target cannot be called for events; `None`: it can.
 pub async fn is_callable(link: &Link, function: &Function) -> Result<Option<String>, SourceError> {
     let sql = "SELECT CASE

@@ -39,6 +39,11 @@ impl Link {
         Link { client, limit, ended, _driver: AbortOnDropHandle::new(driver) }
     }
 
+    /// Bounds every call from now on by another limit.
+    pub fn set_limit(&mut self, limit: Duration) {
+        self.limit = limit;
+    }
+
     /// Whether the server has closed it, or the network has, as far as that is known.
     pub fn is_closed(&self) -> bool {
         self.client.is_closed()

@@ -24,6 +24,7 @@ mod restore;
 mod rotation;
 mod server_crash;
 mod shutdown;
+mod target_faults;
 mod two_databases;
 mod two_relays;
 mod undeliverable;

@@ -13,11 +13,20 @@ use crate::asking;
 
 /// What the other database does: each effect is counted, so that a second one is seen.
 const STOCK: &str = r"
+    CREATE SEQUENCE tries;
     CREATE TABLE taken (id text PRIMARY KEY, key text, n int, times int NOT NULL DEFAULT 1, at bigserial);
     CREATE FUNCTION on_order(event jsonb) RETURNS void LANGUAGE plpgsql AS $$
     BEGIN
         IF event #>> '{data,poison}' = 'yes' THEN
             RAISE EXCEPTION 'no such order';
+        END IF;
+        -- A sequence counts what is rolled back too.
+        IF event #>> '{data,slow}' = 'yes' AND nextval('tries') < 4 THEN
+            PERFORM pg_sleep(0.5);
+            RAISE EXCEPTION 'not yet';
+        END IF;
+        IF event #>> '{data,raise}' <> '' THEN
+            RAISE EXCEPTION 'raised' USING ERRCODE = event #>> '{data,raise}';
         END IF;
         INSERT INTO taken (id, key, n) VALUES (event ->> 'id', event ->> 'partitionkey', (event #>> '{data,n}')::int)
         ON CONFLICT (id) DO UPDATE SET times = taken.times + 1;
@@ -34,17 +43,19 @@ const STOCK: &str = r"
     CREATE ROLE relay LOGIN;
     GRANT USAGE ON SCHEMA dtm TO relay;
     GRANT EXECUTE ON FUNCTION dtm.receive, dtm.call_events, dtm.call_branch, dtm.barrier, dtm.query_prepared TO relay;
-    GRANT ALL ON taken, taken_at_seq TO relay;";
+    GRANT ALL ON taken, taken_at_seq, tries TO relay;";
 
-struct Site {
+/// A database that events are published in, one that they go to, and a relay between them.
+pub struct Site {
     shop: Cluster,
-    stock: Cluster,
+    /// Where the events go.
+    pub stock: Cluster,
     relay: Relay,
     configuration: String,
 }
 
 impl Site {
-    async fn start() -> Site {
+    pub async fn start() -> Site {
         let (shop, stock) = (Cluster::builder().start().await, Cluster::builder().start().await);
         shop.create_database("shop").await;
         stock.create_database("stock").await;
@@ -58,23 +69,24 @@ impl Site {
         Site { shop, stock, relay, configuration }
     }
 
-    async fn client(&self) -> Client {
+    pub async fn client(&self) -> Client {
         self.shop.connect("shop").await
     }
 
-    async fn at_stock(&self) -> Client {
+    pub async fn at_stock(&self) -> Client {
         self.stock.connect("stock").await
     }
 }
 
-async fn publish(client: &Client, n: i32) {
+/// An event of a number.
+pub async fn publish(client: &Client, n: i32) {
     let key = format!("k{}", n % 7);
     let sql = "SELECT dtm.publish('orders', jsonb_build_object('n', $1::int), key => $2)";
     client.execute(sql, &[&n, &key]).await.expect("publish");
 }
 
 /// All of these have come once each, and those of a key in their order.
-async fn assert_once_and_in_order(stock: &Client, count: i64) {
+pub async fn assert_once_and_in_order(stock: &Client, count: i64) {
     let sql = "SELECT count(*) FROM taken WHERE times > 1";
     assert_eq!(asking::number(stock, sql).await, 0, "something has happened twice");
     let sql = "SELECT count(*) FROM (SELECT n, lag(n) OVER (PARTITION BY key ORDER BY at) AS before FROM taken) t WHERE n < before";
