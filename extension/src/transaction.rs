@@ -66,9 +66,3 @@ fn check_transaction_options(
     })?;
     Ok(TableIterator::once((options.delay.as_secs_f64(), options.timeout_to_fail.as_secs_f64())))
 }
-
-/// Which of so many shards a gid belongs to.
-#[pg_extern]
-fn shard_of_gid(gid: &str, shards: i32) -> i32 {
-    dtm_core::shard::shard_of(Some(gid.as_bytes()), 0, shards)
-}

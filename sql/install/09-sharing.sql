@@ -45,7 +45,7 @@ DECLARE
     lacking bigint;  -- how many units it may take; below 0: how many it should give
 BEGIN
     PERFORM dtm.heartbeat(relay_assign.relay, relay_name, clock_timestamp() + make_interval(secs => lease_seconds), true);
-    IF EXISTS (SELECT FROM dtm.transaction) AND NOT EXISTS (SELECT FROM dtm.subscription s WHERE s.name = 'dtm.transactions')
+    IF NOT EXISTS (SELECT FROM dtm.subscription s WHERE s.name = 'dtm.transactions') AND EXISTS (SELECT FROM dtm.transaction)
        AND NOT dtm.is_restoring() THEN
         PERFORM dtm.start_coordinator();
     END IF;

@@ -4,8 +4,6 @@
 -- The setting dtm.transactions_kept.
 CREATE FUNCTION dtm.transactions_kept() RETURNS interval
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'transactions_kept_wrapper';
-CREATE FUNCTION dtm.shard_of_gid(gid text, shards int) RETURNS int
-LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'shard_of_gid_wrapper';
 
 -- A submitted transaction announces itself.
 CREATE FUNCTION dtm.announce(gid text) RETURNS void
@@ -36,17 +34,32 @@ BEGIN
 END
 $$;
 
--- Ends a transaction where it stands: nothing more is called, nothing that was done is taken back.
-CREATE FUNCTION dtm.force_stop(gid text) RETURNS void
+-- The status of a transaction, whose row is locked; null: there is none.
+CREATE FUNCTION dtm.locked_status(gid text) RETURNS text
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT t.status FROM dtm.transaction t WHERE t.gid = locked_status.gid FOR UPDATE;
+END;
+
+-- Locks a transaction that has not ended; there being none is an error. what: that which is to be done with it, as a participle.
+CREATE FUNCTION dtm.lock_unfinished(gid text, what text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    old text := (SELECT t.status FROM dtm.transaction t WHERE t.gid = force_stop.gid FOR UPDATE);
+    old text := dtm.locked_status(gid);
 BEGIN
     IF old IS NULL THEN
         PERFORM dtm.raise_no_transaction(gid);
     ELSIF old IN ('succeed', 'failed') THEN
-        PERFORM dtm.raise_wrong_status(gid, old, 'stopped');
+        PERFORM dtm.raise_wrong_status(gid, old, what);
     END IF;
+END
+$$;
+
+-- Ends a transaction where it stands: nothing more is called, nothing that was done is taken back.
+CREATE FUNCTION dtm.force_stop(gid text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM dtm.lock_unfinished(gid, 'stopped');
     UPDATE dtm.transaction t
     SET status = 'failed', finished_at = clock_timestamp(), stuck_since = NULL, reason = 'stopped by dtm.force_stop'
     WHERE t.gid = force_stop.gid;
@@ -57,14 +70,8 @@ $$;
 -- Tries now what waits for its next attempt. One that stood still begins its attempts anew.
 CREATE FUNCTION dtm.retry_now(gid text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    old text := (SELECT t.status FROM dtm.transaction t WHERE t.gid = retry_now.gid FOR UPDATE);
 BEGIN
-    IF old IS NULL THEN
-        PERFORM dtm.raise_no_transaction(gid);
-    ELSIF old IN ('succeed', 'failed') THEN
-        PERFORM dtm.raise_wrong_status(gid, old, 'tried again');
-    END IF;
+    PERFORM dtm.lock_unfinished(gid, 'tried again');
     UPDATE dtm.transaction t SET failures = 0, stuck_since = NULL
     WHERE t.gid = retry_now.gid AND (t.failures <> 0 OR t.stuck_since IS NOT NULL);
     INSERT INTO dtm.due AS d (gid, due_at) VALUES (retry_now.gid, clock_timestamp())

@@ -55,7 +55,7 @@ LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp 
 BEGIN
     gids := ARRAY(
         SELECT d.gid FROM dtm.due d
-        WHERE d.due_at <= clock_timestamp() AND d.gid <> ALL (busy) AND dtm.shard_of_gid(d.gid, shards) = ANY (own)
+        WHERE d.due_at <= clock_timestamp() AND d.gid <> ALL (busy) AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
         ORDER BY d.due_at LIMIT max_rows);
     SELECT extract(epoch FROM min(d.due_at) - clock_timestamp()) INTO next_in FROM dtm.due d WHERE d.due_at > clock_timestamp();
     IF gids <> '{}' THEN

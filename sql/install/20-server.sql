@@ -1,27 +1,20 @@
 -- SPDX-License-Identifier: PostgreSQL
 -- What a relay's DTM-compatible server calls, with the relay's rights.
 
--- Whether a transaction has been made already: its status, and its row is locked.
-CREATE FUNCTION dtm.server_status(gid text) RETURNS text
-LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-    SELECT t.status FROM dtm.transaction t WHERE t.gid = server_status.gid FOR UPDATE;
-END;
-
 -- Makes a message unless there is one. Answers the status of the one that was there; null: it was made.
 CREATE FUNCTION dtm.server_insert(
     gid text, status text, steps jsonb, bodies bytea[], query_prepared text, options jsonb
 ) RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    old text := dtm.server_status(gid);
+    old text := dtm.locked_status(gid);
 BEGIN
     IF old IS NULL THEN
         BEGIN
             PERFORM dtm.insert_message(gid, status, steps, bodies, query_prepared, options);
         EXCEPTION WHEN unique_violation THEN
             -- Somebody else has made it meanwhile.
-            old := dtm.server_status(gid);
+            old := dtm.locked_status(gid);
         END;
     END IF;
     RETURN old;
@@ -47,7 +40,7 @@ $$;
 CREATE FUNCTION dtm.server_abort(gid text, reason text) RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    old text := dtm.server_status(gid);
+    old text := dtm.locked_status(gid);
 BEGIN
     IF old = 'prepared' THEN
         PERFORM dtm.msg_abort(gid, reason);
@@ -60,7 +53,7 @@ $$;
 CREATE FUNCTION dtm.server_stop(gid text) RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    old text := dtm.server_status(gid);
+    old text := dtm.locked_status(gid);
 BEGIN
     IF old IN ('prepared', 'submitted', 'aborting') THEN
         PERFORM dtm.force_stop(gid);

@@ -890,7 +890,7 @@ DECLARE
     lacking bigint;  -- how many units it may take; below 0: how many it should give
 BEGIN
     PERFORM dtm.heartbeat(relay_assign.relay, relay_name, clock_timestamp() + make_interval(secs => lease_seconds), true);
-    IF EXISTS (SELECT FROM dtm.transaction) AND NOT EXISTS (SELECT FROM dtm.subscription s WHERE s.name = 'dtm.transactions')
+    IF NOT EXISTS (SELECT FROM dtm.subscription s WHERE s.name = 'dtm.transactions') AND EXISTS (SELECT FROM dtm.transaction)
        AND NOT dtm.is_restoring() THEN
         PERFORM dtm.start_coordinator();
     END IF;
@@ -2144,8 +2144,6 @@ $$;
 -- The setting dtm.transactions_kept.
 CREATE FUNCTION dtm.transactions_kept() RETURNS interval
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'transactions_kept_wrapper';
-CREATE FUNCTION dtm.shard_of_gid(gid text, shards int) RETURNS int
-LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'shard_of_gid_wrapper';
 
 -- A submitted transaction announces itself.
 CREATE FUNCTION dtm.announce(gid text) RETURNS void
@@ -2176,17 +2174,32 @@ BEGIN
 END
 $$;
 
--- Ends a transaction where it stands: nothing more is called, nothing that was done is taken back.
-CREATE FUNCTION dtm.force_stop(gid text) RETURNS void
+-- The status of a transaction, whose row is locked; null: there is none.
+CREATE FUNCTION dtm.locked_status(gid text) RETURNS text
+LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT t.status FROM dtm.transaction t WHERE t.gid = locked_status.gid FOR UPDATE;
+END;
+
+-- Locks a transaction that has not ended; there being none is an error. what: that which is to be done with it, as a participle.
+CREATE FUNCTION dtm.lock_unfinished(gid text, what text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    old text := (SELECT t.status FROM dtm.transaction t WHERE t.gid = force_stop.gid FOR UPDATE);
+    old text := dtm.locked_status(gid);
 BEGIN
     IF old IS NULL THEN
         PERFORM dtm.raise_no_transaction(gid);
     ELSIF old IN ('succeed', 'failed') THEN
-        PERFORM dtm.raise_wrong_status(gid, old, 'stopped');
+        PERFORM dtm.raise_wrong_status(gid, old, what);
     END IF;
+END
+$$;
+
+-- Ends a transaction where it stands: nothing more is called, nothing that was done is taken back.
+CREATE FUNCTION dtm.force_stop(gid text) RETURNS void
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM dtm.lock_unfinished(gid, 'stopped');
     UPDATE dtm.transaction t
     SET status = 'failed', finished_at = clock_timestamp(), stuck_since = NULL, reason = 'stopped by dtm.force_stop'
     WHERE t.gid = force_stop.gid;
@@ -2197,14 +2210,8 @@ $$;
 -- Tries now what waits for its next attempt. One that stood still begins its attempts anew.
 CREATE FUNCTION dtm.retry_now(gid text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    old text := (SELECT t.status FROM dtm.transaction t WHERE t.gid = retry_now.gid FOR UPDATE);
 BEGIN
-    IF old IS NULL THEN
-        PERFORM dtm.raise_no_transaction(gid);
-    ELSIF old IN ('succeed', 'failed') THEN
-        PERFORM dtm.raise_wrong_status(gid, old, 'tried again');
-    END IF;
+    PERFORM dtm.lock_unfinished(gid, 'tried again');
     UPDATE dtm.transaction t SET failures = 0, stuck_since = NULL
     WHERE t.gid = retry_now.gid AND (t.failures <> 0 OR t.stuck_since IS NOT NULL);
     INSERT INTO dtm.due AS d (gid, due_at) VALUES (retry_now.gid, clock_timestamp())
@@ -2488,7 +2495,7 @@ LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp 
 BEGIN
     gids := ARRAY(
         SELECT d.gid FROM dtm.due d
-        WHERE d.due_at <= clock_timestamp() AND d.gid <> ALL (busy) AND dtm.shard_of_gid(d.gid, shards) = ANY (own)
+        WHERE d.due_at <= clock_timestamp() AND d.gid <> ALL (busy) AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
         ORDER BY d.due_at LIMIT max_rows);
     SELECT extract(epoch FROM min(d.due_at) - clock_timestamp()) INTO next_in FROM dtm.due d WHERE d.due_at > clock_timestamp();
     IF gids <> '{}' THEN
@@ -2588,27 +2595,20 @@ $$;
 
 -- What a relay's DTM-compatible server calls, with the relay's rights.
 
--- Whether a transaction has been made already: its status, and its row is locked.
-CREATE FUNCTION dtm.server_status(gid text) RETURNS text
-LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-    SELECT t.status FROM dtm.transaction t WHERE t.gid = server_status.gid FOR UPDATE;
-END;
-
 -- Makes a message unless there is one. Answers the status of the one that was there; null: it was made.
 CREATE FUNCTION dtm.server_insert(
     gid text, status text, steps jsonb, bodies bytea[], query_prepared text, options jsonb
 ) RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    old text := dtm.server_status(gid);
+    old text := dtm.locked_status(gid);
 BEGIN
     IF old IS NULL THEN
         BEGIN
             PERFORM dtm.insert_message(gid, status, steps, bodies, query_prepared, options);
         EXCEPTION WHEN unique_violation THEN
             -- Somebody else has made it meanwhile.
-            old := dtm.server_status(gid);
+            old := dtm.locked_status(gid);
         END;
     END IF;
     RETURN old;
@@ -2634,7 +2634,7 @@ $$;
 CREATE FUNCTION dtm.server_abort(gid text, reason text) RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    old text := dtm.server_status(gid);
+    old text := dtm.locked_status(gid);
 BEGIN
     IF old = 'prepared' THEN
         PERFORM dtm.msg_abort(gid, reason);
@@ -2647,7 +2647,7 @@ $$;
 CREATE FUNCTION dtm.server_stop(gid text) RETURNS text
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    old text := dtm.server_status(gid);
+    old text := dtm.locked_status(gid);
 BEGIN
     IF old IN ('prepared', 'submitted', 'aborting') THEN
         PERFORM dtm.force_stop(gid);
