@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Names that the relay's configuration resolves: of secrets, of Kafka clusters.
 
+/// What a name is, for people.
+pub const RULE: &str = "a name has 1 to 64 letters, digits, _, - and .";
+
 /// Whether a text is such a name: 1 to 64 letters, digits, `_`, `-` and `.`.
 pub fn is_name(name: &str) -> bool {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);

@@ -169,11 +169,15 @@ impl Options {
     pub fn from_json(json: &Value) -> Result<Self, TransactionError> {
         let mut options = Options::default();
         for (name, value) in json.as_object().ok_or(TransactionError::NotAnObject)? {
+            // Null and 0 are what clients send for what they do not say.
             let is_default = value.is_null() || value.as_f64() == Some(0.0);
-            let known =
-                if is_default { Some(NAMES.contains(&name.as_str())) } else { options.set(name, value) };
+            let set = if is_default {
+                Options::default().set(name, value).or(Some(true))
+            } else {
+                options.set(name, value)
+            };
             let wrong = || TransactionError::Value { option: name.clone(), value: value.to_string() };
-            if !known.ok_or_else(wrong)? {
+            if !set.ok_or_else(wrong)? {
                 return Err(TransactionError::Unknown(name.clone()));
             }
         }
@@ -204,18 +208,6 @@ impl Options {
         Some(true)
     }
 }
-
-const NAMES: [&str; 9] = [
-    "concurrent",
-    "delay",
-    "timeout_to_fail",
-    "request_timeout",
-    "retry_interval",
-    "retry_limit",
-    "branch_headers",
-    "success_status",
-    "outcome_in_body",
-];
 
 fn up_to(value: &Value, most: Duration) -> Option<Duration> {
     duration::from_json(value).ok().filter(|duration| *duration <= most)

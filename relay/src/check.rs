@@ -10,6 +10,7 @@ use dtm_core::transaction::COORDINATOR;
 use crate::config::{Config, Database};
 use crate::coordinator::settlement::PAUSE_MAX;
 use crate::kafka::position;
+use crate::postgres::target::Function;
 use crate::sink::postgres::PostgresSink;
 use crate::sink::{Outlets, Sink, SinkError};
 use crate::source::connect::Connector;
@@ -19,6 +20,9 @@ use crate::source::{hello, settings::Settings};
 
 /// How many of a kind are named one by one.
 const NAMED: usize = 3;
+
+/// What to do about a target that does not answer.
+const LET_IN: &str = "see that the database is there and lets the relay's role in";
 
 /// The findings of a check; they are printed as they come.
 #[derive(Default)]
@@ -232,11 +236,11 @@ async fn deliverable(
 /// Whether the function of a target is there, and may be called.
 async fn callable(sink: &PostgresSink) -> Result<(), (String, &'static str)> {
     let target = sink.target().name();
-    let link = sink.target().connect().await.map_err(|error| {
-        (format!("postgres.{target}: {error}"), "see that the database is there and lets the relay's role in")
-    })?;
+    let link =
+        sink.target().connect().await.map_err(|error| (format!("postgres.{target}: {error}"), LET_IN))?;
     let mend = "make the function f(event jsonb) there, and the extension, and grant EXECUTE to the relay's role (see the README)";
-    match inspect::is_callable(&link, sink.function()).await {
+    let Function { schema, name } = sink.function();
+    match inspect::is_callable(&link, schema, name).await {
         Ok(None) => Ok(()),
         Ok(Some(problem)) => Err((format!("postgres.{target}: {problem}"), mend)),
         Err(error) => Err((format!("postgres.{target}: {error}"), mend)),
@@ -260,8 +264,7 @@ async fn targets(outlets: &Outlets, findings: &mut Findings) {
                 Some("run CREATE EXTENSION pg_dtm there, and grant its functions to the relay's role (see the README)"),
             ),
             Err(error) => {
-                let mend = "see that the database is there and lets the relay's role in";
-                findings.wrong(&error.to_string(), Some(error.hint().unwrap_or(mend)));
+                findings.wrong(&error.to_string(), Some(error.hint().unwrap_or(LET_IN)));
             }
         }
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dtm_core::duration;
-use dtm_core::names::is_name;
+use dtm_core::names::{self, is_name};
 use figment::Figment;
 use figment::error::Kind;
 use figment::providers::{Env, Format as _, Serialized, Toml};
@@ -337,15 +337,14 @@ impl File {
         for (name, table) in self.secret {
             let key = format!("secret.{name}");
             if !is_name(&name) {
-                return Err(wrong(&key, "a name has 1 to 64 letters, digits, _, - and .".into()));
+                return Err(wrong(&key, names::RULE.into()));
             }
             secrets.insert(name, table.read().map_err(|why| wrong(&key, why))?);
         }
         let mut kafka = BTreeMap::new();
         for (name, table) in self.kafka {
             if !is_name(&name) {
-                let why = "a name has 1 to 64 letters, digits, _, - and .";
-                return Err(wrong(&format!("kafka.{name}"), why.into()));
+                return Err(wrong(&format!("kafka.{name}"), names::RULE.into()));
             }
             let settings = ClusterSettings::read(&table, &secrets);
             let settings =

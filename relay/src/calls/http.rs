@@ -28,6 +28,11 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 /// So many new connections are made for a call at the most, if they are closed before it could be sent.
 const ANEW_MAX: usize = 2;
 
+/// What the relay calls itself, unless it is told otherwise.
+pub fn agent() -> HeaderValue {
+    HeaderValue::from_static(concat!("dtm-relay/", env!("CARGO_PKG_VERSION")))
+}
+
 /// The servers that are called without TLS.
 type Servers = HashMap<Authority, Weak<Connections>>;
 

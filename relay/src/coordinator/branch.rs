@@ -8,19 +8,20 @@ use bytes::Bytes;
 use dtm_core::destination::Destination;
 use dtm_core::names::is_name;
 use dtm_core::page::Event;
+use dtm_core::topic_template::TopicTemplate;
 use dtm_core::transaction::{Action, Options};
-use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
+use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue, USER_AGENT};
 use http::{Method, Uri};
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::endpoints::{Endpoints, Health, Standing};
 use super::machine::{Answer, Report};
-use crate::calls::http::Endpoint;
+use crate::calls::http::{self as calls, Endpoint};
 use crate::calls::outcome::{Class, Outcome};
 use crate::calls::secrets::Echoes;
 use crate::postgres::target::{Branch, Function};
-use crate::sink::headers::{self, HeaderText};
+use crate::sink::headers::{self, HeaderProblem};
 use crate::sink::kafka::{KafkaSender, KafkaSink};
 use crate::sink::{Outlets, SinkError};
 
@@ -189,7 +190,7 @@ impl Caller {
         };
         let (headers, echoes) = match self.headers(options) {
             Ok(found) => found,
-            Err(error) => return wrong(error),
+            Err(problem) => return wrong(problem.to_string()),
         };
         let (method, body) = match call.payload {
             Some(payload) if !payload.is_empty() => (Method::POST, payload.clone()),
@@ -212,34 +213,16 @@ impl Caller {
         Ok(servers.entry(name).or_insert_with(|| Arc::new(made)).clone())
     }
 
-    fn headers(&self, options: &Options) -> Result<(HeaderMap, Echoes), String> {
-        let set = headers::filled(&options.branch_headers, &self.outlets.secrets)
-            .map_err(|error| error.to_string())?;
-        let mut headers = HeaderMap::new();
-        for (name, value) in [
-            (CONTENT_TYPE, "application/json"),
-            (USER_AGENT, concat!("dtm-relay/", env!("CARGO_PKG_VERSION"))),
-        ] {
-            headers.insert(name, HeaderValue::from_static(value));
-        }
-        for (name, text) in &set {
-            let value = HeaderValue::from_bytes(text.text().as_bytes());
-            let (Ok(name), Ok(mut value)) = (HeaderName::from_bytes(name.as_bytes()), value) else {
-                return Err(format!("header {name} cannot be sent"));
-            };
-            value.set_sensitive(matches!(text, HeaderText::Secret(_)));
-            headers.insert(name, value);
-        }
+    fn headers(&self, options: &Options) -> Result<(HeaderMap, Echoes), HeaderProblem> {
+        let set = headers::filled(&options.branch_headers, &self.outlets.secrets)?;
+        let mut headers = headers::map(&set)?;
+        headers.entry(CONTENT_TYPE).or_insert(HeaderValue::from_static("application/json"));
+        headers.entry(USER_AGENT).or_insert_with(calls::agent);
         Ok((headers, headers::echoes(&set)))
     }
 
     /// A record with DTM's names of the call among its headers.
-    async fn kafka(
-        &self,
-        cluster: &str,
-        topic: dtm_core::topic_template::TopicTemplate,
-        call: Call<'_>,
-    ) -> Result<Outcome, SinkError> {
+    async fn kafka(&self, cluster: &str, topic: TopicTemplate, call: Call<'_>) -> Result<Outcome, SinkError> {
         let known =
             self.outlets.kafka.get(cluster).ok_or_else(|| SinkError::NoCluster(cluster.to_owned()))?;
         let options = dtm_core::options::Options::default();

@@ -2,7 +2,7 @@
 //! Passes over transactions: reads one, does what its machine says, stores what came of it.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -79,18 +79,27 @@ impl Coordinator {
         &self.store
     }
 
+    fn lock(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What a pass is being made over.
     pub fn busy(&self) -> Vec<String> {
-        self.busy.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+        self.lock().iter().cloned().collect()
     }
 
     /// Waits until no pass is being made.
     pub async fn idle(&self) {
+        self.until(|busy| busy.is_empty()).await;
+    }
+
+    /// Waits until something holds of what is busy: it is looked at now, and whenever a pass is over.
+    async fn until(&self, mut holds: impl FnMut(&mut HashSet<String>) -> bool) {
         loop {
             let freed = self.freed.notified();
             tokio::pin!(freed);
             freed.as_mut().enable();
-            if self.busy().is_empty() {
+            if holds(&mut self.lock()) {
                 return;
             }
             freed.await;
@@ -117,31 +126,21 @@ impl Coordinator {
 
     /// One pass at a time over each.
     async fn begin<'a>(&'a self, gid: &str) -> Busy<'a> {
-        loop {
-            let freed = self.freed.notified();
-            tokio::pin!(freed);
-            freed.as_mut().enable();
-            if self.busy.lock().unwrap_or_else(PoisonError::into_inner).insert(gid.to_owned()) {
-                return Busy { coordinator: self, gid: gid.to_owned() };
-            }
-            freed.await;
-        }
+        self.until(|busy| busy.insert(gid.to_owned())).await;
+        Busy { coordinator: self, gid: gid.to_owned() }
     }
 
     /// Waits until something may be called. True: nobody else can have gone on meanwhile.
     async fn valid(&self) -> bool {
         let mut valid_until = self.valid_until.clone();
-        if *valid_until.borrow_and_update() > Instant::now() {
+        let holds = |until: &Instant| *until > Instant::now();
+        if holds(&valid_until.borrow()) {
             return true;
         }
-        loop {
-            if valid_until.changed().await.is_err() {
-                std::future::pending().await
-            }
-            if *valid_until.borrow_and_update() > Instant::now() {
-                return false;
-            }
+        if valid_until.wait_for(holds).await.is_err() {
+            std::future::pending().await
         }
+        false
     }
 
     /// False: the transaction is not as it was when it was read.
@@ -335,7 +334,7 @@ struct Busy<'a> {
 
 impl Drop for Busy<'_> {
     fn drop(&mut self) {
-        self.coordinator.busy.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.gid);
+        self.coordinator.lock().remove(&self.gid);
         self.coordinator.freed.notify_waiters();
     }
 }

@@ -26,17 +26,22 @@ pub enum Status {
 }
 
 impl Status {
-    const ALL: [(Status, &str); 5] = [
-        (Status::Prepared, "prepared"),
-        (Status::Submitted, "submitted"),
-        (Status::Aborting, "aborting"),
-        (Status::Succeed, "succeed"),
-        (Status::Failed, "failed"),
-    ];
+    const ALL: [Status; 5] =
+        [Status::Prepared, Status::Submitted, Status::Aborting, Status::Succeed, Status::Failed];
 
     /// By its name in tables and protocols.
     pub fn parse(name: &str) -> Option<Self> {
-        Self::ALL.iter().find(|(_, known)| *known == name).map(|(status, _)| *status)
+        Self::ALL.into_iter().find(|status| status.name() == name)
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Status::Prepared => "prepared",
+            Status::Submitted => "submitted",
+            Status::Aborting => "aborting",
+            Status::Succeed => "succeed",
+            Status::Failed => "failed",
+        }
     }
 
     /// Whether nothing leads out of it.
@@ -47,8 +52,7 @@ impl Status {
 
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (_, name) = Self::ALL.iter().find(|(status, _)| status == self).unwrap_or(&Self::ALL[4]);
-        f.write_str(name)
+        f.write_str(self.name())
     }
 }
 

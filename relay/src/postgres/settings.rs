@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use dtm_core::names::is_name;
+use dtm_core::names::{self, is_name};
 use serde::Deserialize;
 
 use super::Targets;
@@ -42,7 +42,7 @@ pub fn read(
     for (name, TargetTable { url, connections }) in tables {
         let wrong = |key: &str, why: String| Err((format!("postgres.{name}{key}"), why));
         if !is_name(&name) {
-            return wrong("", "a name has 1 to 64 letters, digits, _, - and .".into());
+            return wrong("", names::RULE.into());
         }
         if !(1..=64).contains(&connections) {
             return wrong(".connections", format!("{connections} is not between 1 and 64"));

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: PostgreSQL
 //! One database that functions are called in, over a few connections that are kept.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
 use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
@@ -14,6 +12,7 @@ use crate::calls::outcome::{Class, Outcome};
 use crate::source::connect::{Connector, GRACE};
 use crate::source::error::SourceError;
 use crate::source::link::Link;
+use crate::source::pool::Pool;
 use crate::source::settings::Settings;
 
 /// How long a free connection, or a new one, is waited for at the least.
@@ -29,8 +28,7 @@ const QUERY_PREPARED: &str = "SELECT dtm.query_prepared($1)";
 pub struct Target {
     name: String,
     connector: Connector,
-    free: Semaphore,
-    kept: Mutex<Vec<Session>>,
+    pool: Pool<Session>,
 }
 
 /// A function there.
@@ -87,12 +85,7 @@ impl Target {
     /// Connects to nothing yet.
     pub fn new(name: &str, settings: Settings, connections: usize) -> Result<Self, SourceError> {
         let connector = Connector::to_target(settings, LONGEST)?;
-        Ok(Target {
-            name: name.to_owned(),
-            connector,
-            free: Semaphore::new(connections),
-            kept: Mutex::default(),
-        })
+        Ok(Target { name: name.to_owned(), connector, pool: Pool::new(connections) })
     }
 
     /// `[postgres.NAME]`.
@@ -131,7 +124,7 @@ impl Target {
             let Some(place) = place else { continue };
             *place = match state {
                 Some(state) => verdict::of_state(state, message.unwrap_or_default()),
-                None => Outcome::without_answer(Class::Withdrawn, "an earlier event of its key was not done"),
+                None => verdict::withdrawn(),
             };
         }
         Ok(outcomes)
@@ -180,13 +173,13 @@ impl Target {
         timeout: Duration,
     ) -> Result<Vec<tokio_postgres::Row>, Outcome> {
         let patience = CONNECT_WITHIN.max(timeout);
-        let Ok(Ok(_permit)) = tokio::time::timeout(patience, self.free.acquire()).await else {
+        let Ok(Ok(_permit)) = tokio::time::timeout(patience, self.pool.turn()).await else {
             return Err(Outcome::without_answer(
                 Class::Overloaded,
                 format!("all connections to {} are busy", self.name),
             ));
         };
-        let kept = self.take_kept();
+        let kept = self.pool.take();
         let was_kept = kept.is_some();
         let mut answer = self.ask_over(kept, what, sql, place, parameters, timeout).await;
         // One that was kept may have ended long ago.
@@ -194,7 +187,7 @@ impl Target {
             && was_kept
             && !error.spares_connection()
         {
-            self.kept.lock().unwrap_or_else(PoisonError::into_inner).clear();
+            self.pool.clear();
             answer = self.ask_over(None, what, sql, place, parameters, timeout).await;
         }
         answer.map_err(|NoAnswer { error, was_sent }| verdict::of_error(&error, was_sent))
@@ -238,7 +231,7 @@ impl Target {
         };
         match session.link.query(what, &statement, parameters).await {
             Ok(rows) => {
-                self.keep(session);
+                self.pool.keep(session);
                 Ok(rows)
             }
             Err(error) => Err(self.refused(session, error, true)),
@@ -247,19 +240,15 @@ impl Target {
 
     fn refused(&self, session: Session, error: SourceError, was_sent: bool) -> NoAnswer {
         if error.spares_connection() {
-            self.keep(session);
+            self.pool.keep(session);
         }
         NoAnswer { error, was_sent }
     }
+}
 
-    /// One that is known to have ended is no more than none: what is sent over it is not sent.
-    fn take_kept(&self) -> Option<Session> {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        std::iter::from_fn(|| kept.pop()).find(|session| !session.link.is_closed())
-    }
-
-    fn keep(&self, session: Session) {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(session);
+impl AsRef<Link> for Session {
+    fn as_ref(&self) -> &Link {
+        &self.link
     }
 }
 

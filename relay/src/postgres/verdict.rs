@@ -23,6 +23,11 @@ pub fn of_state(state: &str, message: &str) -> Outcome {
     Outcome { status, ..Outcome::without_answer(class, format!("SQLSTATE {state}: {message}")) }
 }
 
+/// Of an event that was not tried.
+pub fn withdrawn() -> Outcome {
+    Outcome::without_answer(Class::Withdrawn, "an earlier event of its key was not done")
+}
+
 /// By an error; `was_sent`: the statement may have been done before its answer was lost. Then its receipt tells the next time.
 pub fn of_error(error: &SourceError, was_sent: bool) -> Outcome {
     match error {

@@ -75,20 +75,8 @@ impl Api {
             Endpoint::Prepare => self.prepare(&TransRequest::read(body)?).await,
             Endpoint::Submit => self.submit(&TransRequest::read(body)?).await,
             Endpoint::Abort => self.abort(&TransRequest::read(body)?).await,
-            Endpoint::ForceStop => {
-                match transactions.force_stop(&TransRequest::read(body)?.gid()?).await?.as_deref() {
-                    Some(old @ ("succeed" | "failed")) => {
-                        Err(Refusal::failure(format!("current status '{old}', cannot force stop. FAILURE")))
-                    }
-                    Some(_) => Ok(Answer::success()),
-                    None => Err(no_transaction()),
-                }
-            }
-            Endpoint::ResetNextCronTime => match transactions.retry(&TransRequest::read(body)?.gid()?).await?
-            {
-                true => Ok(Answer::success()),
-                false => Err(no_transaction()),
-            },
+            Endpoint::ForceStop => self.force_stop(&TransRequest::read(body)?).await,
+            Endpoint::ResetNextCronTime => self.reset(&TransRequest::read(body)?).await,
             Endpoint::ResetCronTime => self.reset_all(&query).await,
             Endpoint::Query => match query.text("gid") {
                 Some(gid) => Ok(Answer::object(transactions.query(gid).await?)),
@@ -118,7 +106,7 @@ impl Api {
         let message = request.message(self.token.is_some())?;
         match self.transactions.prepare(&message, request.query_prepared()?).await?.as_deref() {
             None | Some("prepared") => Ok(Answer::success()),
-            Some(old) => Err(Refusal::failure(format!("current status '{old}', cannot prepare. FAILURE"))),
+            Some(old) => Err(cannot("prepare", old)),
         }
     }
 
@@ -131,7 +119,7 @@ impl Api {
                 wait::result(&self.transactions, &message.gid, &self.stop).await
             }
             None | Some("prepared" | "submitted") => Ok(Answer::success()),
-            Some(old) => Err(Refusal::failure(format!("current status '{old}', cannot submit. FAILURE"))),
+            Some(old) => Err(cannot("submit", old)),
         }
     }
 
@@ -146,6 +134,21 @@ impl Api {
                 )))
             }
             None => Err(no_transaction()),
+        }
+    }
+
+    async fn force_stop(&self, request: &TransRequest) -> Result<Answer, Refusal> {
+        match self.transactions.force_stop(&request.gid()?).await?.as_deref() {
+            Some(old @ ("succeed" | "failed")) => Err(cannot("force stop", old)),
+            Some(_) => Ok(Answer::success()),
+            None => Err(no_transaction()),
+        }
+    }
+
+    async fn reset(&self, request: &TransRequest) -> Result<Answer, Refusal> {
+        match self.transactions.retry(&request.gid()?).await? {
+            true => Ok(Answer::success()),
+            false => Err(no_transaction()),
         }
     }
 
@@ -173,6 +176,10 @@ impl Api {
         }
         Ok(Answer::object(found))
     }
+}
+
+fn cannot(what: &str, status: &str) -> Refusal {
+    Refusal::failure(format!("current status '{status}', cannot {what}. FAILURE"))
 }
 
 fn no_transaction() -> Refusal {

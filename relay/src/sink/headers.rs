@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: PostgreSQL
-//! The headers that a subscription adds to every event, with its secrets filled in.
+//! The headers that a subscription adds to every event, or a transaction to every call, with their secrets filled in.
 
 use std::collections::BTreeMap;
 
 use dtm_core::options::{HeaderSource, Options};
+use http::header::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::calls::secrets::{Echoes, Secret, Secrets};
 
@@ -63,6 +64,18 @@ pub fn filled<'a>(
         },
     };
     headers.iter().map(filled).collect()
+}
+
+/// Headers as HTTP has them.
+pub fn map(set: &[(&str, HeaderText<'_>)]) -> Result<HeaderMap, HeaderProblem> {
+    let mut headers = HeaderMap::new();
+    for (name, text) in set {
+        let wrong = || HeaderProblem::Unsendable((*name).to_owned());
+        let mut value = HeaderValue::from_bytes(text.text().as_bytes()).map_err(|_| wrong())?;
+        value.set_sensitive(matches!(text, HeaderText::Secret(_)));
+        headers.insert(HeaderName::from_bytes(name.as_bytes()).map_err(|_| wrong())?, value);
+    }
+    Ok(headers)
 }
 
 /// What must not be kept of an answer to such headers.

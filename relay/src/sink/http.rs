@@ -7,13 +7,13 @@ use std::time::Duration;
 use dtm_core::options::Options;
 use dtm_core::page::Event;
 use http::Uri;
-use http::header::{HeaderMap, HeaderName, HeaderValue, USER_AGENT};
+use http::header::{HeaderMap, HeaderValue, USER_AGENT};
 
 use super::attempts::Attempts;
 use super::cloudevents::Unsendable;
-use super::headers::{self, HeaderProblem, HeaderText};
+use super::headers;
 use super::{SinkError, cloudevents_http as cloudevents};
-use crate::calls::http::{Endpoint, HttpCaller};
+use crate::calls::http::{self as calls, Endpoint, HttpCaller};
 use crate::calls::outcome::{Class, Outcome};
 use crate::calls::secrets::{Echoes, Secrets};
 
@@ -39,7 +39,7 @@ impl HttpSink {
     ) -> Result<Self, SinkError> {
         let source = cloudevents::attribute("the source", source)?;
         let set = headers::of_subscription(options, secrets)?;
-        let headers = header_map(&set)?;
+        let headers = headers::map(&set)?;
         Ok(HttpSink {
             endpoint: caller.endpoint(uri)?,
             timeout: options.timeout,
@@ -66,22 +66,9 @@ impl HttpSink {
         for (name, value) in &self.headers {
             headers.insert(name.clone(), value.clone());
         }
-        let agent = HeaderValue::from_static(concat!("dtm-relay/", env!("CARGO_PKG_VERSION")));
-        headers.entry(USER_AGENT).or_insert(agent);
+        headers.entry(USER_AGENT).or_insert_with(calls::agent);
         Ok(headers)
     }
-}
-
-/// The subscription's headers as HTTP has them.
-fn header_map(set: &[(&str, HeaderText<'_>)]) -> Result<HeaderMap, HeaderProblem> {
-    let mut headers = HeaderMap::new();
-    for (name, text) in set {
-        let wrong = || HeaderProblem::Unsendable((*name).to_owned());
-        let mut value = HeaderValue::from_bytes(text.text().as_bytes()).map_err(|_| wrong())?;
-        value.set_sensitive(matches!(text, HeaderText::Secret(_)));
-        headers.insert(HeaderName::from_bytes(name.as_bytes()).map_err(|_| wrong())?, value);
-    }
-    Ok(headers)
 }
 
 /// Requests of one pipeline that are on their way.

@@ -12,6 +12,7 @@ use futures_util::future::{BoxFuture, FutureExt as _};
 use super::cloudevents_json;
 use crate::calls::outcome::{Class, Outcome};
 use crate::postgres::target::{Batch, Function, Target};
+use crate::postgres::verdict::withdrawn;
 
 /// Events of one transaction: a subtransaction each, of which a snapshot keeps track of 64.
 const BATCH_EVENTS: usize = 60;
@@ -69,10 +70,11 @@ impl PostgresSink {
         let (mut batch, mut failed) = (Batch::default(), HashSet::new());
         for item in items {
             let event = item.as_ref();
+            if event.key.as_ref().is_some_and(|key| failed.contains(key)) {
+                outcomes.push(Some(withdrawn()));
+                continue;
+            }
             match cloudevents_json::envelope(event, &self.source, |_, _| {}) {
-                _ if event.key.as_ref().is_some_and(|key| failed.contains(key)) => {
-                    outcomes.push(Some(withdrawn()));
-                }
                 Ok(text) => {
                     batch.ids.push(event.id);
                     batch.keys.push(event.key.as_ref().map(ToString::to_string));
@@ -119,10 +121,6 @@ impl PostgresSink {
         }
         outcomes
     }
-}
-
-fn withdrawn() -> Outcome {
-    Outcome::without_answer(Class::Withdrawn, "an earlier event of its key was not done")
 }
 
 /// What one pipeline has on its way: one transaction, and what waits for the next.

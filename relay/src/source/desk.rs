@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: PostgreSQL
-//! A few connections that requests from outside take turns at. They are made when they are needed, and anew after they broke.
+//! The connections that requests from outside take turns at.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
@@ -12,6 +10,7 @@ use super::connect::Connector;
 use super::error::SourceError;
 use super::hello;
 use super::link::Link;
+use super::pool::Pool;
 
 /// Connections at the most.
 const LINKS: usize = 4;
@@ -23,14 +22,13 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub struct Desk {
     connector: Connector,
     environment: String,
-    turns: Semaphore,
-    idle: Mutex<Vec<Link>>,
+    pool: Pool<Link>,
 }
 
 impl Desk {
     /// Connects to nothing yet. A database of another environment will be refused.
     pub fn new(connector: Connector, environment: String) -> Self {
-        Desk { connector, environment, turns: Semaphore::new(LINKS), idle: Mutex::default() }
+        Desk { connector, environment, pool: Pool::new(LINKS) }
     }
 
     /// Runs a statement that answers one row. It is not repeated where it is not known whether it was run.
@@ -42,23 +40,20 @@ impl Desk {
     ) -> Result<Row, SourceError> {
         let away = || SourceError::Silent { what: "connecting", limit: PATIENCE };
         let begun = tokio::time::timeout(PATIENCE, async {
-            let turn = self.turns.acquire().await.map_err(|_| away())?;
+            let turn = self.pool.turn().await.map_err(|_| away())?;
             Ok::<_, SourceError>((turn, self.link().await?))
         });
         let (_turn, link) = begun.await.unwrap_or_else(|_| Err(away()))?;
         let answer = link.query_one(what, sql, parameters).await;
         if answer.as_ref().map_or_else(SourceError::spares_connection, |_| true) {
-            self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(link);
+            self.pool.keep(link);
         }
         answer
     }
 
     async fn link(&self) -> Result<Link, SourceError> {
-        let kept = || self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        while let Some(link) = kept() {
-            if !link.is_closed() {
-                return Ok(link);
-            }
+        if let Some(link) = self.pool.take() {
+            return Ok(link);
         }
         let link = self.connector.connect().await?;
         hello::hello(&link, &self.environment).await?;

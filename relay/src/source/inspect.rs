@@ -6,7 +6,6 @@ use std::time::Duration;
 use super::error::SourceError;
 use super::hello::{self, Greeting};
 use super::link::Link;
-use crate::postgres::target::Function;
 
 /// A privilege that the relay's role does not have.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -163,7 +162,7 @@ pub async fn target(link: &Link) -> Result<Option<TargetExtension>, SourceError>
 }
 
 /// Why a function of a target cannot be called for events; `None`: it can.
-pub async fn is_callable(link: &Link, function: &Function) -> Result<Option<String>, SourceError> {
+pub async fn is_callable(link: &Link, schema: &str, function: &str) -> Result<Option<String>, SourceError> {
     let sql = "SELECT CASE
         WHEN pg_catalog.to_regprocedure('dtm.call_events(text,text,text,uuid[],text[],text[])') IS NULL
             THEN 'it does not have the extension pg_dtm of this version'
@@ -175,6 +174,6 @@ pub async fn is_callable(link: &Link, function: &Function) -> Result<Option<Stri
           OR NOT pg_catalog.has_function_privilege('dtm.receive(text,uuid)', 'EXECUTE')
             THEN pg_catalog.format('the role may not execute %I.%I, dtm.call_events or dtm.receive', $1::text, $2::text)
         END";
-    let row = link.query_one("looking for a function", sql, &[&function.schema, &function.name]).await?;
+    let row = link.query_one("looking for a function", sql, &[&schema, &function]).await?;
     Ok(row.get(0))
 }

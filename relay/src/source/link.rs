@@ -21,6 +21,12 @@ pub struct Link {
     _driver: AbortOnDropHandle<()>,
 }
 
+impl AsRef<Link> for Link {
+    fn as_ref(&self) -> &Link {
+        self
+    }
+}
+
 impl Link {
     /// Drives a connection from now on; `limit` bounds every call.
     pub(super) fn new<T>(client: Client, connection: Connection<Socket, T>, limit: Duration) -> Self

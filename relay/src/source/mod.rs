@@ -17,6 +17,7 @@ pub mod mark;
 pub mod origin;
 pub mod pages;
 pub mod passfile;
+pub mod pool;
 mod reminders;
 pub mod settings;
 pub mod settlement;

@@ -4,12 +4,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
-use std::hash::Hash;
 use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
-use tokio_postgres::types::ToSql;
+use tokio_postgres::types::{Json, ToSql};
 use tokio_postgres::{Row, Statement};
 
 use super::error::SourceError;
@@ -60,12 +59,12 @@ pub struct Due {
 type Asked<Q, A> = (Q, oneshot::Sender<A>);
 
 /// Where questions of one kind are asked.
-struct Desk<Q, A>(mpsc::Sender<Asked<Q, A>>);
+struct Ask<Q, A>(mpsc::Sender<Asked<Q, A>>);
 
-impl<Q, A> Desk<Q, A> {
+impl<Q, A> Ask<Q, A> {
     fn new() -> (Self, mpsc::Receiver<Asked<Q, A>>) {
         let (asks, asked) = mpsc::channel(BATCH);
-        (Desk(asks), asked)
+        (Ask(asks), asked)
     }
 
     /// Never answers if the session is over: nobody goes on then.
@@ -82,11 +81,11 @@ impl<Q, A> Desk<Q, A> {
 
 /// The transactions of one database.
 pub struct Store {
-    finds: Desk<String, Option<Found>>,
-    ends: Desk<String, bool>,
-    settlements: Desk<Value, bool>,
-    dues: Desk<Wanted, Due>,
-    revivals: Desk<String, ()>,
+    finds: Ask<String, Option<Found>>,
+    ends: Ask<String, bool>,
+    settlements: Ask<Value, bool>,
+    dues: Ask<Wanted, Due>,
+    revivals: Ask<String, ()>,
 }
 
 /// Of which shards, and what is being worked at.
@@ -102,7 +101,7 @@ pub struct Wanted {
     pub most: i32,
 }
 
-/// The other side of a [`Store`]'s desks.
+/// Where what a [`Store`] is asked arrives.
 pub struct Counters {
     finds: mpsc::Receiver<Asked<String, Option<Found>>>,
     ends: mpsc::Receiver<Asked<String, bool>>,
@@ -114,9 +113,9 @@ pub struct Counters {
 impl Store {
     /// A store, and what [`follow`] serves it by.
     pub fn new() -> (Self, Counters) {
-        let ((finds, to_find), (ends, to_end)) = (Desk::new(), Desk::new());
-        let ((settlements, to_settle), (dues, to_look)) = (Desk::new(), Desk::new());
-        let (revivals, to_revive) = Desk::new();
+        let ((finds, to_find), (ends, to_end)) = (Ask::new(), Ask::new());
+        let ((settlements, to_settle), (dues, to_look)) = (Ask::new(), Ask::new());
+        let (revivals, to_revive) = Ask::new();
         let counters = Counters {
             finds: to_find,
             ends: to_end,
@@ -274,10 +273,11 @@ async fn look(link: &Link, mut asked: mpsc::Receiver<Asked<Wanted, Due>>) -> Res
     }
 }
 
-/// Answers who asked about what is among these.
-fn tell<Q, K: Eq + Hash>(questions: Vec<Asked<Q, bool>>, done: &HashSet<K>, key: impl Fn(&Q) -> Option<K>) {
+/// Answers who asked about a transaction whether it is among these.
+fn tell<Q>(questions: Vec<Asked<Q, bool>>, done: Vec<String>, gid: impl Fn(&Q) -> Option<&str>) {
+    let done: HashSet<String> = done.into_iter().collect();
     for (question, answers) in questions {
-        let _ = answers.send(key(&question).is_some_and(|key| done.contains(&key)));
+        let _ = answers.send(gid(&question).is_some_and(|gid| done.contains(gid)));
     }
 }
 
@@ -292,8 +292,7 @@ async fn succeed(
         let gids: Vec<&str> = questions.iter().map(|(gid, _)| gid.as_str()).collect();
         let statement = prepared(link, WHAT, "SELECT dtm.relay_succeed($1)", &mut statement).await?;
         let row = persist_one(link, WHAT, statement, &[&gids]).await?;
-        let done: HashSet<String> = row.get::<_, Vec<String>>(0).into_iter().collect();
-        tell(questions, &done, |gid| Some(gid.clone()));
+        tell(questions, row.get(0), |gid| Some(gid));
     }
 }
 
@@ -306,8 +305,8 @@ async fn settle(
     loop {
         let questions = next(&mut asked).await;
         let statement = prepared(link, WHAT, "SELECT dtm.relay_settle($1)", &mut statement).await?;
-        let all = Value::Array(questions.iter().map(|(settlement, _)| settlement.clone()).collect());
-        let done = match link.query_one(WHAT, statement, &[&all]).await {
+        let all: Vec<&Value> = questions.iter().map(|(settlement, _)| settlement).collect();
+        let done = match link.query_one(WHAT, statement, &[&Json(all)]).await {
             Ok(row) => row.get::<_, Vec<String>>(0),
             // One of them may be what the database does not take: it shall not hold up the others.
             Err(error) => {
@@ -315,8 +314,7 @@ async fn settle(
                 one_by_one(link, statement, &questions).await?
             }
         };
-        let done: HashSet<String> = done.into_iter().collect();
-        tell(questions, &done, |settlement| settlement["gid"].as_str().map(str::to_owned));
+        tell(questions, done, |settlement| settlement["gid"].as_str());
     }
 }
 
@@ -327,8 +325,7 @@ async fn one_by_one(
 ) -> Result<Vec<String>, SourceError> {
     let mut done = Vec::new();
     for (settlement, _) in questions {
-        let one = Value::Array(vec![settlement.clone()]);
-        match link.query_one("storing what came of a transaction", statement, &[&one]).await {
+        match link.query_one("storing what came of a transaction", statement, &[&Json([settlement])]).await {
             Ok(row) => done.extend(row.get::<_, Vec<String>>(0)),
             Err(error) => error.tolerate()?,
         }

@@ -50,13 +50,18 @@ fn steps(url: &str) -> String {
     format!("[{step}, {step}]")
 }
 
-async fn until_all_have_ended(client: &Client, count: i64) {
-    let sql = "SELECT count(*) FILTER (WHERE status = 'succeed') FROM dtm.transaction";
-    let ended = process::eventually(DRAIN, || async {
-        let found: i64 = client.query_one(sql, &[]).await.expect("a count").get(0);
+/// Waits until so many messages satisfy a condition.
+async fn until_so_many(client: &Client, count: i64, condition: &str) {
+    let sql = format!("SELECT count(*) FILTER (WHERE {condition}) FROM dtm.transaction");
+    let holds = process::eventually(DRAIN, || async {
+        let found: i64 = client.query_one(&sql, &[]).await.expect("a count").get(0);
         (found >= count).then_some(())
     });
-    assert!(ended.await.is_some(), "not all messages have ended");
+    assert!(holds.await.is_some(), "there are no {count} messages with {condition}");
+}
+
+async fn until_all_have_ended(client: &Client, count: i64) {
+    until_so_many(client, count, "status = 'succeed'").await;
 }
 
 /// What a message took, beside its time.
@@ -207,12 +212,7 @@ async fn recovery(cluster: &Cluster, client: &Client) -> f64 {
     let sql = "SELECT dtm.msg_send($1::text::jsonb) FROM generate_series(1, $2::int)";
     client.query(sql, &[&steps(&url), &(STUCK as i32)]).await.expect("msg_send");
     // Each has failed once, and some many times.
-    let sql = "SELECT count(*) FROM dtm.transaction WHERE failures > 0";
-    let failed = process::eventually(DRAIN, || async {
-        let found: i64 = client.query_one(sql, &[]).await.expect("a count").get(0);
-        (found >= STUCK as i64).then_some(())
-    });
-    assert!(failed.await.is_some(), "not all messages have failed");
+    until_so_many(client, STUCK as i64, "failures > 0").await;
     tokio::time::sleep(Duration::from_secs(20)).await;
     let begun = Instant::now();
     receiver.restart().await;

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use dtm_tests::cluster::Cluster;
+use dtm_tests::process;
 use dtm_tests::receiver::{Received, Receiver, Reply};
 use dtm_tests::relay::Relay;
 use tokio_postgres::Client;
@@ -20,15 +21,10 @@ async fn shop() -> (Cluster, Client) {
 
 /// Waits until the answer to a query is the expected one.
 async fn wait_for(client: &Client, sql: &str, expected: &str) {
-    let begin = std::time::Instant::now();
-    loop {
-        let found: Option<String> = client.query_one(sql, &[]).await.expect("an answer").get(0);
-        if found.as_deref() == Some(expected) {
-            return;
-        }
-        assert!(begin.elapsed() < PATIENCE, "{sql} is {found:?}, not {expected}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let answer = async || client.query_one(sql, &[]).await.expect("an answer").get::<_, Option<String>>(0);
+    let holds =
+        process::eventually(PATIENCE, async || (answer().await.as_deref() == Some(expected)).then_some(()));
+    assert!(holds.await.is_some(), "{sql} is {:?}, not {expected}", answer().await);
 }
 
 async fn status_is(client: &Client, gid: &str, expected: &str) {
