@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: PostgreSQL
 //! `dtm-relay check`: what is wrong, and how to mend it. One line a finding.
 
+use std::collections::BTreeMap;
+use std::iter;
 use std::process::ExitCode;
 
 use dtm_core::destination::Destination;
@@ -23,6 +25,9 @@ const NAMED: usize = 3;
 
 /// What to do about a target that does not answer.
 const LET_IN: &str = "see that the database is there and lets the relay's role in";
+
+/// For how long databases that functions are called in remember, by the names that the configuration gives them.
+type Memories = BTreeMap<String, Kept>;
 
 /// The findings of a check; they are printed as they come.
 #[derive(Default)]
@@ -76,10 +81,10 @@ pub async fn run(config: &Config) -> ExitCode {
         }
     };
     clusters(&outlets, &mut findings).await;
-    targets(&outlets, &mut findings).await;
+    let memories = targets(&outlets, &mut findings).await;
     for database in &config.databases {
         println!("{}: {}", database.name, database.settings.describe());
-        if let Err(error) = check(config, &outlets, database, &mut findings).await {
+        if let Err(error) = check(config, &outlets, &memories, database, &mut findings).await {
             findings.failed(&error);
         }
     }
@@ -90,6 +95,7 @@ pub async fn run(config: &Config) -> ExitCode {
 async fn check(
     config: &Config,
     outlets: &Outlets,
+    memories: &Memories,
     database: &Database,
     findings: &mut Findings,
 ) -> Result<(), SourceError> {
@@ -135,33 +141,39 @@ async fn check(
         findings.note("commits do not wake the relay, it polls: shared_preload_libraries has no pg_dtm");
     }
     subscriptions(&stored, outlets, &greeting.source, findings).await;
-    retention(&stored, inspect::kept(&link).await?, findings);
+    retention(&stored, inspect::kept(&link).await?, memories, findings);
     Ok(())
 }
 
 /// What receivers remember must outlive what is tried again: else an attempt is taken for a new call.
-fn retention(stored: &[Stored], kept: Kept, findings: &mut Findings) {
-    let longest = stored.iter().filter_map(|subscription| {
-        let options = Options::from_json(&subscription.options).ok()?;
-        Some((options.retry.longest(), &subscription.name))
+fn retention(stored: &[Stored], kept: Kept, memories: &Memories, findings: &mut Findings) {
+    let remembered = |subscription: &Stored| match Destination::parse(&subscription.destination) {
+        Ok(Destination::Postgres { target, .. }) => {
+            memories.get(&target).map(|kept| (kept.receipts, format!(" by postgres.{target}")))
+        }
+        _ => Some((kept.receipts, String::new())),
+    };
+    let forgotten = stored.iter().filter_map(|subscription| {
+        let longest = Options::from_json(&subscription.options).ok()?.retry.longest();
+        let (receipts, by) = remembered(subscription)?;
+        (longest >= receipts).then_some((subscription, longest, receipts, by))
     });
-    if let Some((longest, name)) = longest.max()
-        && longest >= kept.receipts
-    {
-        let (longest, receipts) = (longest.as_secs(), kept.receipts.as_secs());
+    for (subscription, longest, receipts, by) in forgotten.take(NAMED) {
+        let (name, longest, receipts) = (&subscription.name, longest.as_secs(), receipts.as_secs());
         findings.wrong(
-            &format!("subscription {name:?} may try an event again for {longest} s, and receipts are kept for {receipts} s"),
+            &format!("subscription {name:?} may try an event again for {longest} s, and receipts are kept{by} for {receipts} s"),
             Some("raise dtm.receipts_kept, or make the retries of the subscription fewer"),
         );
     }
-    if kept.barriers <= 2 * PAUSE_MAX {
+    // A call that began before half of the time was over may end so much later.
+    let longest = kept.barriers / 2 + PAUSE_MAX;
+    let everybody = iter::once((String::new(), kept))
+        .chain(memories.iter().map(|(name, kept)| (format!(" by postgres.{name}"), *kept)));
+    for (by, kept) in everybody.filter(|(_, kept)| kept.barriers <= longest) {
+        let (barriers, longest) = (kept.barriers.as_secs(), longest.as_secs());
         findings.wrong(
-            &format!(
-                "barriers are kept for {} s, and a message may be called again after {} s",
-                kept.barriers.as_secs(),
-                PAUSE_MAX.as_secs()
-            ),
-            Some("raise dtm.barriers_kept: days are usual"),
+            &format!("a message may call again for {longest} s, and barriers are kept{by} for {barriers} s"),
+            Some("raise dtm.barriers_kept there: days are usual"),
         );
     }
 }
@@ -248,7 +260,9 @@ async fn callable(sink: &PostgresSink) -> Result<(), (String, &'static str)> {
 }
 
 /// Whether each database that functions are called in can be called: steps of messages may name one that no subscription does.
-async fn targets(outlets: &Outlets, findings: &mut Findings) {
+/// Answers for how long each remembers what it was called for.
+async fn targets(outlets: &Outlets, findings: &mut Findings) -> Memories {
+    let mut memories = Memories::default();
     for (name, target) in outlets.postgres.iter() {
         println!("postgres.{name}: {}", target.describe());
         let asked = async { inspect::target(&target.connect().await?).await };
@@ -257,6 +271,9 @@ async fn targets(outlets: &Outlets, findings: &mut Findings) {
                 findings.good(&format!("it answers, and has the extension pg_dtm {}", found.version));
                 if !found.uncallable.is_empty() {
                     findings.note(&format!("the role may not execute {}", found.uncallable.join(", ")));
+                }
+                if let Some(kept) = found.kept {
+                    memories.insert(name.to_owned(), kept);
                 }
             }
             Ok(None) => findings.wrong(
@@ -268,6 +285,7 @@ async fn targets(outlets: &Outlets, findings: &mut Findings) {
             }
         }
     }
+    memories
 }
 
 /// Whether each Kafka cluster answers.

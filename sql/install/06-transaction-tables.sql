@@ -12,6 +12,7 @@ CREATE TABLE dtm.transaction (
     status         text        NOT NULL CHECK (status IN ('prepared', 'submitted', 'aborting', 'succeed', 'failed')),
     branches       jsonb       NOT NULL,   -- [{"branch_id", "op", "action", "key", "headers"}, …] in the order of their calls
     payloads       bytea[]     NOT NULL,   -- of each branch, as it goes over the wire; null: none
+    payload_bytes  int         NOT NULL,   -- of all of them together
     query_prepared text,                   -- who is asked whether a prepared one is committed
     options        jsonb       NOT NULL,
     created_at     timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
@@ -33,6 +34,7 @@ CREATE TABLE dtm.branch (
     attempts        int         NOT NULL,
     last_status     int,                   -- of the last answer, where it was HTTP's
     last_error      text,
+    first_attempt_at timestamptz NOT NULL, -- that is told of, or since somebody decided to go on
     last_attempt_at timestamptz NOT NULL,
     finished_at     timestamptz,
     PRIMARY KEY (gid, branch_id, op)

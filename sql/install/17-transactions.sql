@@ -67,11 +67,14 @@ BEGIN
 END
 $$;
 
--- Tries now what waits for its next attempt. One that stood still begins its attempts anew.
+-- Tries now what waits for its next attempt. One that stood still begins its attempts anew, however old they are.
 CREATE FUNCTION dtm.retry_now(gid text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM dtm.lock_unfinished(gid, 'tried again');
+    UPDATE dtm.branch b SET first_attempt_at = clock_timestamp()
+    FROM dtm.transaction t
+    WHERE t.gid = retry_now.gid AND t.stuck_since IS NOT NULL AND b.gid = t.gid AND b.status = 'prepared';
     UPDATE dtm.transaction t SET failures = 0, stuck_since = NULL
     WHERE t.gid = retry_now.gid AND (t.failures <> 0 OR t.stuck_since IS NOT NULL);
     INSERT INTO dtm.due AS d (gid, due_at) VALUES (retry_now.gid, clock_timestamp())

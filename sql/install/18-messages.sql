@@ -21,6 +21,13 @@ CREATE TABLE dtm.msg_topics (
 );
 SELECT pg_catalog.pg_extension_config_dump('dtm.msg_topics', '');
 
+-- Two digits as DTM's, or as many as it takes.
+CREATE FUNCTION dtm.branch_number(n bigint) RETURNS text
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT lpad(n::text, greatest(2, length(n::text)), '0');
+END;
+
 -- The branches of steps, numbered as DTM does: 01, 02, and where a topic has several subscribers 01-01, 01-02.
 CREATE FUNCTION dtm.branches_of_steps(steps jsonb, bodies bytea[], OUT branches jsonb, OUT payloads bytea[])
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
@@ -40,7 +47,7 @@ BEGIN
             HINT = 'Insert its subscribers into dtm.msg_topics first.';
     END IF;
     SELECT jsonb_agg((s.step - 'payload' - 'action') || jsonb_build_object(
-               'branch_id', lpad(s.n::text, 2, '0') || CASE WHEN t.among > 1 THEN '-' || lpad(t.nth::text, 2, '0') ELSE '' END,
+               'branch_id', dtm.branch_number(s.n) || CASE WHEN t.among > 1 THEN '-' || dtm.branch_number(t.nth) ELSE '' END,
                'op', 'action', 'action', coalesce(t.url, s.step ->> 'action')) ORDER BY s.n, t.nth),
            array_agg(CASE WHEN bodies IS NULL THEN convert_to((s.step -> 'payload')::text, 'UTF8') ELSE bodies[s.n] END
                      ORDER BY s.n, t.nth)
@@ -51,6 +58,13 @@ BEGIN
                count(*) OVER (PARTITION BY m.topic) AS among
         FROM dtm.msg_topics m WINDOW subscribers AS (PARTITION BY m.topic ORDER BY m.created_at, m.url)) t
     ON t.action = s.step ->> 'action';
+    IF jsonb_array_length(branches) > 1000 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'program_limit_exceeded',
+            MESSAGE = 'too many calls for one message',
+            DETAIL = format('With all subscribers of its topics there are %s; the most is 1000.', jsonb_array_length(branches)),
+            HINT = 'Publish an event: a subscription delivers to any number of receivers.';
+    END IF;
 END
 $$;
 
@@ -69,7 +83,7 @@ BEGIN
     PERFORM dtm.check_steps(steps);
     SELECT * INTO known FROM dtm.check_transaction_options(options);
     SELECT * INTO expanded FROM dtm.branches_of_steps(steps, bodies);
-    SELECT sum(length(p)) INTO size FROM unnest(expanded.payloads) AS p;
+    SELECT coalesce(sum(length(p)), 0) INTO size FROM unnest(expanded.payloads) AS p;
     IF size > pg_size_bytes(current_setting('dtm.max_payload')) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'program_limit_exceeded',
@@ -77,8 +91,8 @@ BEGIN
             DETAIL = format('Together they have %s bytes; dtm.max_payload is %s.', size, current_setting('dtm.max_payload')),
             HINT = 'Store the bodies elsewhere and send references to them.';
     END IF;
-    INSERT INTO dtm.transaction (gid, trans_type, status, branches, payloads, query_prepared, options)
-    VALUES (insert_message.gid, 'msg', insert_message.status, expanded.branches, expanded.payloads,
+    INSERT INTO dtm.transaction (gid, trans_type, status, branches, payloads, payload_bytes, query_prepared, options)
+    VALUES (insert_message.gid, 'msg', insert_message.status, expanded.branches, expanded.payloads, size,
             insert_message.query_prepared, insert_message.options);
     wait := CASE status WHEN 'prepared' THEN known.timeout_to_fail ELSE known.delay END;
     IF wait > 0 THEN

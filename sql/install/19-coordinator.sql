@@ -34,19 +34,28 @@ END
 $$;
 
 -- Transactions that have not ended, with all that there is to know. undecidable: barriers of so long ago may be gone, so nobody
--- is asked any more.
-CREATE FUNCTION dtm.relay_transactions(gids text[])
-RETURNS TABLE (gid text, trans_type text, status text, branches text, payloads bytea[], query_prepared text, options text,
-               failures int, undecidable boolean, waits boolean, known text)
+-- is asked any more, and what may have been done is not called again. payloads: null in those that are more than max_bytes
+-- together with older ones; one is always there.
+CREATE FUNCTION dtm.relay_transactions(gids text[], max_bytes int)
+RETURNS TABLE (gid text, trans_type text, status text, branches text, payloads bytea[], payload_bytes int, query_prepared text,
+               options text, failures int, undecidable boolean, waits boolean, known text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET jit = off
 BEGIN ATOMIC
-    SELECT t.gid, t.trans_type, t.status, t.branches::text, t.payloads, t.query_prepared, t.options::text, t.failures,
-           t.created_at < clock_timestamp() - dtm.barriers_kept() / 2,
+    SELECT t.gid, t.trans_type, t.status, t.branches::text,
+           CASE WHEN sum(t.payload_bytes) OVER older <= max_bytes OR row_number() OVER older = 1 THEN t.payloads END,
+           t.payload_bytes, t.query_prepared, t.options::text, t.failures,
+           CASE t.status
+               WHEN 'prepared' THEN t.created_at < clock_timestamp() - dtm.barriers_kept() / 2
+               ELSE EXISTS (SELECT FROM dtm.branch b
+                            WHERE b.gid = t.gid AND b.status = 'prepared'
+                              AND b.first_attempt_at < clock_timestamp() - dtm.barriers_kept() / 2)
+           END,
            EXISTS (SELECT FROM dtm.due d WHERE d.gid = t.gid),
            (SELECT jsonb_agg(jsonb_build_object('branch_id', b.branch_id, 'op', b.op, 'status', b.status, 'attempts', b.attempts))
             FROM dtm.branch b WHERE b.gid = t.gid)::text
     FROM dtm.transaction t
-    WHERE t.gid = ANY (gids) AND t.status IN ('prepared', 'submitted', 'aborting') AND t.stuck_since IS NULL;
+    WHERE t.gid = ANY (gids) AND t.status IN ('prepared', 'submitted', 'aborting') AND t.stuck_since IS NULL
+    WINDOW older AS (ORDER BY t.id);
 END;
 
 -- What is due in the shards that a relay owns, but for what it is at already; and in how many seconds the next is.
@@ -123,8 +132,9 @@ BEGIN
         DELETE FROM dtm.due d USING settlement s JOIN moved m ON m.gid = s.gid
         WHERE d.gid = s.gid AND s.retry_in IS NULL
     ), known AS (
-        INSERT INTO dtm.branch AS b (gid, branch_id, op, status, attempts, last_status, last_error, last_attempt_at, finished_at)
-        SELECT m.gid, n.branch_id, n.op, n.status, n.attempts, n.last_status, n.last_error, clock_timestamp(),
+        INSERT INTO dtm.branch AS b (
+            gid, branch_id, op, status, attempts, last_status, last_error, first_attempt_at, last_attempt_at, finished_at)
+        SELECT m.gid, n.branch_id, n.op, n.status, n.attempts, n.last_status, n.last_error, clock_timestamp(), clock_timestamp(),
                CASE WHEN n.status <> 'prepared' THEN clock_timestamp() END
         FROM moved m
         JOIN jsonb_array_elements(settlements) AS e (settlement) ON e.settlement ->> 'gid' = m.gid

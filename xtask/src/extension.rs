@@ -75,7 +75,7 @@ fn scripts(root: &Path) -> Result<Vec<(String, String)>> {
     for folder in ["sql/released", "sql/upgrade"] {
         for path in sql_files(&root.join(folder))? {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let text = read(&path)?;
+            let text = with_includes(root, &read(&path)?)?;
             if name == newest_name && text != newest {
                 return Err(format!(
                     "sql/install differs from {folder}/{name}, which is released and stays as it is: \
@@ -87,6 +87,16 @@ fn scripts(root: &Path) -> Result<Vec<(String, String)>> {
     }
     scripts.push((newest_name, newest));
     Ok(scripts)
+}
+
+/// A step of an upgrade says `\include install/NAME.sql` where it makes all that this file makes.
+fn with_includes(root: &Path, text: &str) -> Result<String> {
+    text.split_inclusive('\n')
+        .map(|line| match line.strip_prefix("\\include ") {
+            Some(name) => read(&root.join("sql").join(name.trim_end())),
+            None => Ok(line.to_owned()),
+        })
+        .collect()
 }
 
 fn default_version(control: &str) -> Result<String> {
@@ -151,5 +161,14 @@ mod tests {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let scripts = scripts(&root).expect("the workspace's own scripts agree with what is released");
         assert!(scripts.iter().all(|(name, text)| name.starts_with("pg_dtm--") && !text.is_empty()));
+    }
+
+    #[test]
+    fn an_include_is_replaced_by_the_file() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let file = read(&root.join("sql/install/03-publish.sql")).expect("a file");
+        let text = with_includes(&root, "SELECT 1;\n\\include install/03-publish.sql\nSELECT 2;\n");
+        assert_eq!(text, Ok(format!("SELECT 1;\n{file}SELECT 2;\n")));
+        assert!(with_includes(&root, "\\include install/none.sql\n").is_err());
     }
 }

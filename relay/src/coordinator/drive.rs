@@ -10,7 +10,7 @@ use dtm_core::transaction::Options;
 use futures_util::future::join_all;
 use serde::Deserialize;
 use serde_json::json;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 
 use super::branch::{Call, Caller};
@@ -65,6 +65,8 @@ struct Transaction {
     headers: Vec<Option<String>>,
     payloads: Vec<Option<Bytes>>,
     state: State,
+    /// What the payloads take of the memory for them.
+    _room: OwnedSemaphorePermit,
 }
 
 impl Coordinator {
@@ -308,6 +310,7 @@ impl Transaction {
             steps,
             payloads,
             state,
+            _room: found.room,
         })
     }
 

@@ -96,7 +96,8 @@ pub struct State {
     pub retry_limit: Option<u32>,
     /// Passes that failed since it last got ahead.
     pub failures: u32,
-    /// It was prepared so long ago that nobody is asked any more.
+    /// It was prepared, or a call of it that has not succeeded was first made, so long ago that barriers may be gone: nobody can
+    /// tell any more what has become of it.
     pub undecidable: bool,
     /// It has a row in dtm.due.
     pub waits: bool,
@@ -161,7 +162,7 @@ pub struct Machine {
 enum Halt {
     /// An answer that was no success, of a call or of whoever was asked.
     Report(Report),
-    /// Nobody can be asked any more.
+    /// Nobody can tell any more.
     Undecidable,
 }
 
@@ -177,7 +178,7 @@ impl Machine {
         if self.halt.is_some() || self.state.status.is_terminal() {
             return Next::Settle;
         }
-        if self.state.status == Status::Prepared && self.state.undecidable {
+        if self.state.undecidable {
             self.halt = Some(Halt::Undecidable);
             return Next::Settle;
         }
@@ -266,10 +267,11 @@ impl Machine {
         settlement.failures = before;
         settlement.then = match self.halt {
             Some(Halt::Undecidable) => {
-                settlement.error = Some(
-                    "it was prepared so long ago that its barrier may be gone: nobody is asked any more"
-                        .into(),
-                );
+                let (what, then) = match self.stored {
+                    Status::Prepared => ("it was prepared", "nobody is asked any more"),
+                    _ => ("its call was first made", "it could be done a second time"),
+                };
+                settlement.error = Some(format!("{what} so long ago that its barrier may be gone: {then}"));
                 Then::Decide
             }
             None => Then::Again { endpoint: None },

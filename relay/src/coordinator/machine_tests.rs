@@ -108,6 +108,14 @@ fn what_is_prepared_is_asked_about_and_stored_as_submitted_before_anything_is_ca
     assert_eq!((settlement.to, settlement.then), (Status::Prepared, Then::Decide));
 }
 
+#[test]
+fn what_was_first_called_long_ago_is_not_called_again() {
+    let mut machine = Machine::new(State { undecidable: true, ..submitted(2) });
+    assert_eq!(machine.step(), Next::Settle);
+    let settlement = machine.settle();
+    assert_eq!((settlement.to, settlement.then), (Status::Submitted, Then::Decide));
+}
+
 /// What the tables have, and what others do to them between passes.
 #[derive(Debug)]
 struct Tables {
@@ -128,6 +136,8 @@ enum Act {
     Abort,
     ForceStop,
     RetryNow,
+    /// Barriers are forgotten.
+    Age,
 }
 
 fn act() -> impl Strategy<Value = Act> {
@@ -137,6 +147,7 @@ fn act() -> impl Strategy<Value = Act> {
         1 => Just(Act::Abort),
         1 => Just(Act::RetryNow),
         1 => Just(Act::ForceStop),
+        1 => Just(Act::Age),
     ]
 }
 
@@ -169,7 +180,10 @@ impl Tables {
                 2 => Answer::Failure,
                 _ => Answer::Success,
             };
-            match machine.step() {
+            let next = machine.step();
+            let forgotten = self.state.undecidable;
+            assert!(!forgotten || next == Next::Settle, "{next:?}: nobody can tell what was done");
+            match next {
                 Next::AskWhetherCommitted => {
                     assert_eq!(self.state.status, Status::Prepared);
                     let answer = match answer {
@@ -230,14 +244,22 @@ impl Tables {
             Act::Pass(answers, dies) => self.pass(answers, *dies),
             Act::Submit if self.state.status == Status::Prepared && self.committed != Some(false) => {
                 self.committed = Some(true);
-                self.stuck = false;
+                (self.stuck, self.state.undecidable) = (false, false);
                 self.become_status(Status::Submitted);
             }
             Act::Abort if self.state.status == Status::Prepared && self.committed != Some(true) => {
                 self.committed = Some(false);
                 self.become_status(Status::Failed);
             }
-            Act::RetryNow => self.stuck = false,
+            Act::RetryNow => {
+                // Who decides to call again answers for it; whether it is committed cannot be decided so.
+                self.state.undecidable &= !self.stuck || self.state.status == Status::Prepared;
+                self.stuck = false;
+            }
+            Act::Age => {
+                let may_be_done = self.state.branches.iter().any(|branch| branch.has_row && !branch.is_done);
+                self.state.undecidable |= self.state.status == Status::Prepared || may_be_done;
+            }
             Act::ForceStop if !self.state.status.is_terminal() => self.become_status(Status::Failed),
             Act::Submit | Act::Abort | Act::ForceStop => {}
         }
@@ -261,6 +283,11 @@ proptest! {
         for one in &acts {
             tables.act(one);
         }
+        if tables.state.status == Status::Prepared && tables.state.undecidable {
+            let decision = if tables.committed == Some(false) { Act::Abort } else { Act::Submit };
+            tables.act(&decision);
+        }
+        tables.act(&Act::Pass(vec![5], usize::MAX));
         tables.act(&Act::RetryNow);
         tables.act(&Act::Pass(vec![5], usize::MAX));
         prop_assert!(tables.ended.is_some());

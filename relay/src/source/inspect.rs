@@ -143,6 +143,8 @@ pub struct TargetExtension {
     pub version: String,
     /// What calls need and the role cannot execute, or this version does not have.
     pub uncallable: Vec<String>,
+    /// For how long it remembers; `None`: its version does not say.
+    pub kept: Option<Kept>,
 }
 
 /// What a target has of the extension; `None`: it does not have it.
@@ -158,7 +160,10 @@ pub async fn target(link: &Link) -> Result<Option<TargetExtension>, SourceError>
                   AND pg_catalog.has_function_privilege(p.oid, 'EXECUTE')))
         FROM pg_catalog.pg_extension e WHERE e.extname = 'pg_dtm'";
     let rows = link.query("looking for the extension", sql, &[]).await?;
-    Ok(rows.first().map(|row| TargetExtension { version: row.get(0), uncallable: row.get(1) }))
+    let Some(row) = rows.first() else { return Ok(None) };
+    let uncallable: Vec<String> = row.get(1);
+    let kept = if uncallable.is_empty() { Some(kept(link).await?) } else { None };
+    Ok(Some(TargetExtension { version: row.get(0), uncallable, kept }))
 }
 
 /// Why a function of a target cannot be called for events; `None`: it can.

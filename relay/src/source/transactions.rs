@@ -4,10 +4,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_postgres::types::{Json, ToSql};
 use tokio_postgres::{Row, Statement};
 
@@ -16,11 +17,13 @@ use super::link::Link;
 
 /// Questions of one kind that one statement answers.
 const BATCH: usize = 500;
+/// Bytes of payloads that are held at a time, beside one message whatever its size.
+const HELD: usize = 32 << 20;
 /// After an error that the connection survived.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// A transaction that has not ended, as it is stored.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug)]
 pub struct Found {
     /// See there.
     pub gid: String,
@@ -44,6 +47,8 @@ pub struct Found {
     pub waits: bool,
     /// What dtm.branch has of it: a JSON array.
     pub known: Option<String>,
+    /// The room that its payloads take, for as long as they are held.
+    pub room: OwnedSemaphorePermit,
 }
 
 /// Transactions that are due, and when the next one is.
@@ -205,35 +210,62 @@ async fn find(
     mut asked: mpsc::Receiver<Asked<String, Option<Found>>>,
 ) -> Result<Infallible, SourceError> {
     const WHAT: &str = "reading transactions";
-    let columns = "gid, trans_type, status, branches, payloads, query_prepared, options, failures, undecidable, waits, known";
-    let sql = format!("SELECT {columns} FROM dtm.relay_transactions($1)");
+    let columns = "gid, trans_type, status, branches, payloads, payload_bytes, query_prepared, options, failures, undecidable, waits, known";
+    let sql = format!("SELECT {columns} FROM dtm.relay_transactions($1, $2)");
     let mut statement = None;
+    let room = Arc::new(Semaphore::new(HELD));
+    // Those for whose payloads there was no room.
+    let mut waiting: Vec<Asked<String, Option<Found>>> = Vec::new();
     loop {
-        let questions = next(&mut asked).await;
+        let questions = if waiting.is_empty() { next(&mut asked).await } else { std::mem::take(&mut waiting) };
+        some(&room).await;
         let gids: Vec<&str> = questions.iter().map(|(gid, _)| gid.as_str()).collect();
+        let most = i32::try_from(room.available_permits()).unwrap_or(i32::MAX);
         let statement = prepared(link, WHAT, &sql, &mut statement).await?;
-        let rows = persist(link, WHAT, statement, &[&gids]).await?;
-        let mut found: HashMap<String, Found> =
-            rows.iter().map(row).map(|found| (found.gid.clone(), found)).collect();
+        let rows = persist(link, WHAT, statement, &[&gids, &most]).await?;
+        let mut found: HashMap<&str, &Row> = rows.iter().map(|row| (row.get(0), row)).collect();
         for (gid, answers) in questions {
-            let _ = answers.send(found.remove(&gid));
+            match found.remove(gid.as_str()).map(|found| (found, found.get::<_, Option<_>>("payloads"))) {
+                None => drop(answers.send(None)),
+                Some((_, None)) => waiting.push((gid, answers)),
+                Some((found, Some(payloads))) => {
+                    let taken = take(&room, found.get("payload_bytes")).await;
+                    let _ = answers.send(Some(read(gid, found, payloads, taken)));
+                }
+            }
         }
     }
 }
 
-fn row(row: &Row) -> Found {
+/// Waits until there is some room.
+async fn some(room: &Arc<Semaphore>) {
+    drop(take(room, 1).await);
+}
+
+/// Takes so much, or all where it is not enough for one.
+async fn take(room: &Arc<Semaphore>, bytes: i32) -> OwnedSemaphorePermit {
+    let bytes = usize::try_from(bytes).unwrap_or(0).min(HELD);
+    match room.clone().acquire_many_owned(u32::try_from(bytes).unwrap_or(u32::MAX)).await {
+        Ok(taken) => taken,
+        // It is never closed.
+        Err(_) => std::future::pending().await,
+    }
+}
+
+fn read(gid: String, row: &Row, payloads: Vec<Option<Vec<u8>>>, room: OwnedSemaphorePermit) -> Found {
     Found {
-        gid: row.get(0),
-        trans_type: row.get(1),
-        status: row.get(2),
-        branches: row.get(3),
-        payloads: row.get(4),
-        query_prepared: row.get(5),
-        options: row.get(6),
-        failures: u32::try_from(row.get::<_, i32>(7)).unwrap_or(0),
-        undecidable: row.get(8),
-        waits: row.get(9),
-        known: row.get(10),
+        gid,
+        trans_type: row.get("trans_type"),
+        status: row.get("status"),
+        branches: row.get("branches"),
+        payloads,
+        query_prepared: row.get("query_prepared"),
+        options: row.get("options"),
+        failures: u32::try_from(row.get::<_, i32>("failures")).unwrap_or(0),
+        undecidable: row.get("undecidable"),
+        waits: row.get("waits"),
+        known: row.get("known"),
+        room,
     }
 }
 

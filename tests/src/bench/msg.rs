@@ -38,8 +38,8 @@ const PAYLOAD: &str =
 const BARE_TABLES: &str = "CREATE TABLE bare_transaction (LIKE dtm.transaction INCLUDING ALL);
     CREATE TABLE bare_log (LIKE dtm.log_1 INCLUDING ALL)";
 const BARE_INSERT: &str =
-    "INSERT INTO bare_transaction (gid, trans_type, status, branches, payloads, options)
-    VALUES ($1, 'msg', 'submitted', $2::text::jsonb, ARRAY[$3::bytea, $3::bytea], '{}')";
+    "INSERT INTO bare_transaction (gid, trans_type, status, branches, payloads, payload_bytes, options)
+    VALUES ($1, 'msg', 'submitted', $2::text::jsonb, ARRAY[$3::bytea, $3::bytea], 2 * length($3), '{}')";
 const BARE_LOG: &str = "INSERT INTO bare_log (seq, xid, published_at, era, id, topic, key)
     VALUES (nextval('dtm.event_seq'), pg_current_xact_id(), clock_timestamp(), 1, gen_random_uuid(), 'dtm.transactions', $1)";
 const BARE_END: &str = "UPDATE bare_transaction SET status = 'succeed', finished_at = clock_timestamp()

@@ -2,6 +2,7 @@
 //! 2-phase messages: called if and only if the business transaction commits, in order, until all is done; asked about where that is
 //! not known; and whatever is wrong with one is said before anything is done.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use dtm_tests::cluster::Cluster;
@@ -210,6 +211,51 @@ async fn a_topic_is_called_by_all_that_are_subscribed_to_it() {
             format!("/events?c&{query}=02&op=action"),
         ]
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_was_first_made_before_barriers_are_forgotten_is_not_repeated_unless_somebody_decides_so() {
+    let (cluster, client) = shop().await;
+    let mut receiver = Receiver::start().await;
+    let url = receiver.url();
+    receiver.stop();
+    client.batch_execute("ALTER DATABASE shop SET dtm.barriers_kept = '2s'").await.expect("a setting");
+    let mut relay = Relay::start(&cluster.url("shop"));
+    let sql = format!(
+        r#"SELECT dtm.msg_send('[{{"action": "{url}", "payload": 1}}]', 'old', '{{"retry_interval": 0.05}}')"#
+    );
+    client.batch_execute(&sql).await.expect("msg_send");
+    wait_for(&client, "SELECT (max(attempts) > 0)::text FROM dtm.branches", "true").await;
+    wait_for(&client, "SELECT (stuck_since IS NOT NULL)::text FROM dtm.transactions", "true").await;
+    status_is(&client, "old", "submitted").await;
+    relay.wait_for_log("stands still").await;
+    receiver.restart().await;
+    client.batch_execute("SELECT dtm.retry_now('old')").await.expect("retry_now");
+    status_is(&client, "old", "succeed").await;
+    assert_eq!(receiver.count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_may_have_hundreds_of_subscribers_but_not_any_number() {
+    let (cluster, client) = shop().await;
+    let receiver = Receiver::start().await;
+    let _relay = Relay::start(&cluster.url("shop"));
+    let sql = format!(
+        "INSERT INTO dtm.msg_topics (topic, url) SELECT 'paid', '{}?' || n FROM generate_series(1, 120) n",
+        receiver.url()
+    );
+    client.batch_execute(&sql).await.expect("topics");
+    let sql = r#"SELECT dtm.msg_send('[{"action": "topic://paid", "payload": [1]}]', 't')"#;
+    client.batch_execute(sql).await.expect("msg_send");
+    status_is(&client, "t", "succeed").await;
+    let called = targets(&receiver.received());
+    let branches: BTreeSet<&str> = called.iter().filter_map(|url| url.split("branch_id=").nth(1)).collect();
+    assert_eq!((called.len(), branches.len()), (120, 120), "each is called once, as a branch of its own");
+    let sql = "INSERT INTO dtm.msg_topics (topic, url) SELECT 'paid', 'http://x/' || n FROM generate_series(121, 1001) n";
+    client.batch_execute(sql).await.expect("topics");
+    let sql = r#"SELECT dtm.msg_send('[{"action": "topic://paid", "payload": [1]}]', 'u')"#;
+    let refused = client.batch_execute(sql).await.expect_err("too many");
+    assert_eq!(refused.code().map(|code| code.code()), Some("54000"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -153,3 +153,36 @@ async fn check_refuses_a_memory_of_receivers_that_is_shorter_than_what_is_tried_
         "{said}"
     );
 }
+
+#[tokio::test]
+async fn check_refuses_a_target_that_forgets_before_its_calls_are_given_up() {
+    let cluster = Cluster::builder().start().await;
+    for database in ["shop", "stock"] {
+        cluster.create_database(database).await;
+    }
+    let (client, stock) = (cluster.connect("shop").await, cluster.connect("stock").await);
+    let objects = "CREATE FUNCTION f(event jsonb) RETURNS void LANGUAGE sql AS ''; CREATE ROLE relay LOGIN;
+        GRANT USAGE ON SCHEMA dtm TO relay;
+        GRANT EXECUTE ON FUNCTION dtm.receive, dtm.call_events, dtm.call_branch, dtm.barrier, dtm.query_prepared TO relay";
+    stock.batch_execute(objects).await.expect("objects");
+    let subscribe = "SELECT dtm.subscribe('patient', 't', 'postgres://stock/public.f', '{\"retry_schedule\": [\"2d\", \"5d\"]}')";
+    client.execute(subscribe, &[]).await.expect("subscribe");
+    let configuration = format!(
+        "[database.shop]\nurl = \"{}\"\n[postgres.stock]\nurl = \"{}\"\n",
+        cluster.url("shop"),
+        cluster.url_as("relay", "stock")
+    );
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(file.path(), &configuration).expect("a file");
+    let check = || relay::run(&["check", "--config", &file.path().display().to_string()]);
+    let (fine, said) = check();
+    assert!(fine, "{said}");
+    let settings =
+        "ALTER DATABASE stock SET dtm.barriers_kept = '15d'; ALTER DATABASE stock SET dtm.receipts_kept = '6d'";
+    client.batch_execute(settings).await.expect("settings");
+    let (fine, said) = check();
+    assert!(
+        !fine && said.contains("kept by postgres.stock for 1296000 s") && said.contains("\"patient\" may try"),
+        "{said}"
+    );
+}

@@ -45,25 +45,34 @@ const STOCK: &str = r"
     GRANT EXECUTE ON FUNCTION dtm.receive, dtm.call_events, dtm.call_branch, dtm.barrier, dtm.query_prepared TO relay;
     GRANT ALL ON taken, taken_at_seq, tries TO relay;";
 
+const STEPS: &str = r#"[{"action": "postgres://stock/public.take", "payload": {"n": 1}},
+    {"action": "postgres://stock/public.take", "payload": {"n": 2}}]"#;
+const OPTIONS: &str = r#"{"retry_interval": 0.05, "timeout_to_fail": 0.3}"#;
+
 /// A database that events are published in, one that they go to, and a relay between them.
 pub struct Site {
     shop: Cluster,
     /// Where the events go.
     pub stock: Cluster,
-    relay: Relay,
+    pub relay: Relay,
     configuration: String,
 }
 
 impl Site {
     pub async fn start() -> Site {
-        let (shop, stock) = (Cluster::builder().start().await, Cluster::builder().start().await);
+        Site::start_with(Cluster::builder().start().await, |stock| stock.url_as("relay", "stock")).await
+    }
+
+    /// With this cluster for the stock, which the relay reaches by the URL.
+    pub async fn start_with(stock: Cluster, url: impl FnOnce(&Cluster) -> String) -> Site {
+        let shop = Cluster::builder().start().await;
         shop.create_database("shop").await;
         stock.create_database("stock").await;
         stock.connect("stock").await.batch_execute(STOCK).await.expect("the stock");
         let configuration = format!(
             "lease = 1\n[database.shop]\nurl = \"{}\"\n[postgres.stock]\nurl = \"{}\"\n",
             shop.url("shop"),
-            stock.url_as("relay", "stock")
+            url(&stock)
         );
         let relay = Relay::start_configured(&configuration);
         Site { shop, stock, relay, configuration }
@@ -83,6 +92,47 @@ pub async fn publish(client: &Client, n: i32) {
     let key = format!("k{}", n % 7);
     let sql = "SELECT dtm.publish('orders', jsonb_build_object('n', $1::int), key => $2)";
     client.execute(sql, &[&n, &key]).await.expect("publish");
+}
+
+/// Sends a message of two steps to the stock.
+pub async fn send(client: &Client, gid: &str) {
+    let sql = format!("SELECT dtm.msg_send('{STEPS}', '{gid}', '{OPTIONS}')");
+    client.batch_execute(&sql).await.expect("msg_send");
+}
+
+/// Prepares a message for business at the stock and does the business, but tells nobody what has become of it.
+pub async fn do_business(client: &Client, stock: &mut Client, gid: &str, commits: bool) {
+    let sql = format!("SELECT dtm.msg_prepare('{gid}', '{STEPS}', 'postgres://stock', '{OPTIONS}')");
+    client.batch_execute(&sql).await.expect("msg_prepare");
+    let transaction = stock.transaction().await.expect("BEGIN");
+    let work = format!("SELECT dtm.msg_barrier('{gid}'); INSERT INTO orders VALUES ('{gid}')");
+    transaction.batch_execute(&work).await.expect("business");
+    if commits {
+        transaction.commit().await.expect("COMMIT");
+    } else {
+        transaction.rollback().await.expect("ROLLBACK");
+    }
+}
+
+/// Waits until all messages have ended: the steps of those that were sent, and of those whose business is there, were called once,
+/// and no others.
+pub async fn assert_messages_are_whole(client: &Client, stock: &Client, sent: i64) {
+    let open = "SELECT count(*) FROM dtm.transactions WHERE status NOT IN ('succeed', 'failed')";
+    asking::wait(client, open, |open| open == 0).await;
+    let called = "SELECT count(*) FROM taken WHERE key LIKE 'sent-%'";
+    assert_eq!(asking::number(stock, called).await, 2 * sent);
+    let called = "SELECT count(*) FROM taken WHERE key LIKE 'asked-%'";
+    let done = asking::number(stock, "SELECT count(*) FROM orders").await;
+    assert_eq!(asking::number(stock, called).await, 2 * done);
+    let unlike =
+        "SELECT count(*) FROM orders o FULL JOIN (SELECT DISTINCT key FROM taken WHERE key LIKE 'asked-%') t
+                  ON t.key = o.gid WHERE o.gid IS NULL OR t.key IS NULL";
+    assert_eq!(
+        asking::number(stock, unlike).await,
+        0,
+        "called for what was rolled back, or not for what was not"
+    );
+    assert_eq!(asking::number(stock, "SELECT count(*) FROM taken WHERE times > 1").await, 0, "called twice");
 }
 
 /// All of these have come once each, and those of a key in their order.
@@ -167,35 +217,15 @@ async fn an_event_whose_function_fails_is_a_dead_letter_with_its_sqlstate_and_ho
 async fn a_message_between_two_databases_is_whole_while_the_other_one_dies_and_comes_back() {
     let mut site = Site::start().await;
     let client = site.client().await;
-    let steps = |n: i32| {
-        let step = format!(r#"{{"action": "postgres://stock/public.take", "payload": {{"n": {n}}}}}"#);
-        format!("[{step}, {step}]")
-    };
-    let options = r#"{"retry_interval": 0.05, "timeout_to_fail": 0.3}"#;
-    let (mut sent, mut decided) = (0, 0);
+    let mut sent = 0;
     for round in 0..6 {
         for n in 0..40 {
-            let gid = format!("sent-{round}-{n}");
-            let sql = format!("SELECT dtm.msg_send('{}', '{gid}', '{options}')", steps(n));
-            client.batch_execute(&sql).await.expect("msg_send");
+            send(&client, &format!("sent-{round}-{n}")).await;
             sent += 1;
         }
-        // The business is in the other database, and nobody says what has become of it.
         let mut business = site.at_stock().await;
         for n in 0..10 {
-            let gid = format!("asked-{round}-{n}");
-            let sql =
-                format!("SELECT dtm.msg_prepare('{gid}', '{}', 'postgres://stock', '{options}')", steps(n));
-            client.batch_execute(&sql).await.expect("msg_prepare");
-            let transaction = business.transaction().await.expect("BEGIN");
-            let work = format!("SELECT dtm.msg_barrier('{gid}'); INSERT INTO orders VALUES ('{gid}')");
-            transaction.batch_execute(&work).await.expect("business");
-            if n % 3 == 0 {
-                transaction.rollback().await.expect("ROLLBACK");
-            } else {
-                transaction.commit().await.expect("COMMIT");
-                decided += 1;
-            }
+            do_business(&client, &mut business, &format!("asked-{round}-{n}"), n % 3 > 0).await;
         }
         drop(business);
         if round % 2 == 0 {
@@ -207,19 +237,9 @@ async fn a_message_between_two_databases_is_whole_while_the_other_one_dies_and_c
             site.relay.restart();
         }
     }
-    let open = "SELECT count(*) FROM dtm.transactions WHERE status NOT IN ('succeed', 'failed')";
-    asking::wait(&client, open, |open| open == 0).await;
     let stock = site.at_stock().await;
-    assert_eq!(asking::number(&stock, "SELECT count(*) FROM taken WHERE times > 1").await, 0);
-    assert_eq!(asking::number(&stock, "SELECT count(*) FROM taken").await, 2 * (sent + decided));
-    let unlike =
-        "SELECT count(*) FROM orders o FULL JOIN (SELECT DISTINCT key FROM taken WHERE key LIKE 'asked-%') t
-                  ON t.key = o.gid WHERE o.gid IS NULL OR t.key IS NULL";
-    assert_eq!(
-        asking::number(&stock, unlike).await,
-        0,
-        "called for what was rolled back, or not for what was not"
-    );
+    assert_messages_are_whole(&client, &stock, sent).await;
+    assert_eq!(asking::number(&stock, "SELECT count(*) FROM orders").await, 6 * 6);
 }
 
 #[tokio::test(flavor = "multi_thread")]
