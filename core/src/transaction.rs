@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use http::Uri;
 use serde_json::{Map, Value};
 
 use crate::destination::{Destination, DestinationError};
@@ -38,6 +39,32 @@ impl Action {
             Some(name) if is_name(name) => Ok(Action::Topic(name.to_owned())),
             Some(_) => Err(DestinationError::Malformed),
             None => Destination::parse(text).map(Action::Call),
+        }
+    }
+}
+
+/// Who knows whether a prepared message is committed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decider {
+    /// It answers as DTM's query-prepared does.
+    Http(Uri),
+    /// `postgres://TARGET`: a database of the relay's configuration, by dtm.query_prepared there.
+    Postgres(String),
+}
+
+impl Decider {
+    /// Reads what a message names.
+    pub fn parse(text: &str) -> Result<Self, TransactionError> {
+        match text.strip_prefix("postgres://") {
+            Some(target) if is_name(target) => Ok(Decider::Postgres(target.to_owned())),
+            Some(_) => Err(TransactionError::Decider),
+            None => match Destination::parse(text) {
+                Ok(Destination::Http(uri)) => Ok(Decider::Http(uri)),
+                Ok(Destination::Kafka { .. } | Destination::Postgres { .. }) => {
+                    Err(TransactionError::Decider)
+                }
+                Err(error) => Err(TransactionError::DeciderUri(error)),
+            },
         }
     }
 }
@@ -77,6 +104,12 @@ pub enum TransactionError {
         /// `key` or `headers`.
         name: &'static str,
     },
+    /// Neither HTTP nor a database.
+    #[error("query_prepared is http://…, https://… or postgres://TARGET")]
+    Decider,
+    /// A URL that is none.
+    #[error("query_prepared: {0}")]
+    DeciderUri(DestinationError),
     /// Options are no JSON object.
     #[error("options are a JSON object")]
     NotAnObject,
@@ -190,9 +223,9 @@ impl Options {
         match name {
             "concurrent" => self.concurrent = value.as_bool()?,
             "delay" => self.delay = up_to(value, 366 * DAY)?,
-            "timeout_to_fail" => self.timeout_to_fail = up_to(value, 366 * DAY)?,
-            "request_timeout" => self.request_timeout = up_to(value, hour)?,
-            "retry_interval" => self.retry_interval = up_to(value, hour)?,
+            "timeout_to_fail" => self.timeout_to_fail = some(value, 366 * DAY)?,
+            "request_timeout" => self.request_timeout = some(value, hour)?,
+            "retry_interval" => self.retry_interval = some(value, hour)?,
             "retry_limit" => self.retry_limit = Some(u32::try_from(value.as_u64()?).ok()?),
             "branch_headers" => self.branch_headers = headers(value)?,
             "success_status" => {
@@ -211,6 +244,11 @@ impl Options {
 
 fn up_to(value: &Value, most: Duration) -> Option<Duration> {
     duration::from_json(value).ok().filter(|duration| *duration <= most)
+}
+
+/// The same of what cannot be nothing.
+fn some(value: &Value, most: Duration) -> Option<Duration> {
+    up_to(value, most).filter(|duration| !duration.is_zero())
 }
 
 #[cfg(test)]
@@ -252,6 +290,23 @@ mod tests {
     }
 
     #[test]
+    fn whoever_is_asked_is_a_service_or_a_database_and_no_function_of_it() {
+        assert_eq!(Decider::parse("postgres://stock"), Ok(Decider::Postgres("stock".into())));
+        assert!(matches!(Decider::parse("https://shop/asked?x=1"), Ok(Decider::Http(_))));
+        for bad in [
+            "",
+            "h",
+            "postgres://stock/app.f",
+            "postgres://a b",
+            "kafka://m/t",
+            "http://u:p@h/",
+            "http://h st/",
+        ] {
+            assert!(Decider::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn options_are_dtms_and_may_be_null_or_zero() {
         let options = json!({"concurrent": true, "delay": 0.5, "retry_interval": "200ms", "retry_limit": 0,
                              "request_timeout": null, "branch_headers": {"x-a": "b"}, "success_status": "200"});
@@ -266,6 +321,8 @@ mod tests {
             json!({"concurrent": "yes"}),
             json!([]),
             json!({"x": null}),
+            json!({"retry_interval": "0s"}),
+            json!({"request_timeout": "0ms"}),
         ] {
             assert!(Options::from_json(&bad).is_err(), "{bad}");
         }

@@ -2,7 +2,7 @@
 //! The checks behind `dtm.msg_send` and its relatives: each error says what is wrong and what would be right.
 
 use dtm_core::destination::DestinationError;
-use dtm_core::transaction::{self, OPTIONS, Options, TransactionError};
+use dtm_core::transaction::{self, Action, Decider, OPTIONS, Options, TransactionError};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
@@ -14,6 +14,8 @@ const GID_CHARS_MAX: usize = 128;
 
 const STEPS_HINT: &str = "Pass an array such as [{\"action\": \"https://stock.internal/take\", \"payload\": {\"id\": 7}}]; \
      an action is https://…, kafka://CLUSTER/TOPIC, postgres://TARGET/schema.function or topic://NAME.";
+
+const TOPICS_HINT: &str = "Mend it in dtm.msg_topics: a url is https://…, kafka://CLUSTER/TOPIC or postgres://TARGET/schema.function.";
 
 /// A gid that nobody has had: a UUIDv7 as text.
 #[pg_extern]
@@ -40,6 +42,32 @@ fn check_gid(gid: Option<&str>) -> Result<(), ErrorReport> {
 fn check_steps(steps: Option<pgrx::JsonB>) -> Result<(), ErrorReport> {
     let json = steps.map_or(serde_json::Value::Null, |steps| steps.0);
     transaction::check_steps(&json).map_err(|error| wrong_steps(error).into())
+}
+
+/// Checks what a message topic's subscriber is called by.
+#[pg_extern]
+fn check_action(action: &str) -> Result<(), ErrorReport> {
+    match Action::parse(action) {
+        Ok(Action::Call(_)) => Ok(()),
+        Ok(Action::Topic(_)) => {
+            let detail = "A message topic is subscribed to another one.";
+            Err(Refusal::argument("wrong subscriber of a message topic", detail, TOPICS_HINT).into())
+        }
+        Err(error) => {
+            let detail = format!("The url of a subscriber: {error}.");
+            Err(Refusal::argument("wrong subscriber of a message topic", detail, TOPICS_HINT).into())
+        }
+    }
+}
+
+/// Checks who is asked whether a prepared message is committed.
+#[pg_extern]
+fn check_query_prepared(query_prepared: Option<&str>) -> Result<(), ErrorReport> {
+    Decider::parse(query_prepared.unwrap_or_default()).map(drop).map_err(|error| {
+        let message = "a prepared message needs somebody to be asked whether it is committed";
+        let hint = "Pass a URL that answers as DTM's query-prepared does, or postgres://TARGET, without credentials.";
+        Refusal::argument(message, format!("{error}."), hint).into()
+    })
 }
 
 fn wrong_steps(error: TransactionError) -> Refusal {

@@ -44,10 +44,9 @@ CREATE TABLE dtm.branch (
 CREATE TABLE dtm.due (
     gid      text        PRIMARY KEY,
     due_at   timestamptz NOT NULL,
-    endpoint text                          -- of the call that failed: when it works again, nobody waits any longer
+    endpoint text                          -- whose turn it waits for: no more are taken up than that takes
 );
-CREATE INDEX due_due_at ON dtm.due (due_at);
-CREATE INDEX due_endpoint ON dtm.due (endpoint) WHERE endpoint IS NOT NULL;
+CREATE INDEX due_endpoint_due_at ON dtm.due (endpoint, due_at);
 
 SELECT pg_catalog.pg_extension_config_dump('dtm.transaction_id_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('dtm.transaction', '');

@@ -76,6 +76,10 @@ BEGIN
                           'barrier_id character varying(45)', 'reason character varying(45)',
                           'create_time timestamp(0) with time zone', 'update_time timestamp(0) with time zone']
                 THEN 'its columns are not DTM''s'
+            -- By another one two transactions could count as the same.
+            WHEN EXISTS (SELECT FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+                         WHERE a.attrelid = adopted AND a.attnum > 0 AND NOT a.attisdropped AND a.attcollation <> t.typcollation)
+                THEN 'it has columns with a collation of their own'
             WHEN EXISTS (
                 SELECT FROM pg_attrdef d JOIN pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
                 WHERE d.adrelid = adopted AND NOT CASE
@@ -97,6 +101,7 @@ BEGIN
                 WHERE i.indrelid = adopted AND NOT (
                     i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL
                     AND (i.indisprimary OR c.relname IN ('uniq_barrier', 'barrier_create_time'))
+                    AND i.indisunique = (c.relname <> 'barrier_create_time')
                     AND pg_get_indexdef(i.indexrelid) ~ ' USING btree \((id|gid, branch_id, op, barrier_id|create_time)\)$'))
                 THEN 'it has indexes that are not DTM''s'
         END;
@@ -110,14 +115,16 @@ BEGIN
         owner := (SELECT c.relowner FROM pg_class c WHERE c.oid = adopted);
         ALTER TABLE dtm_barrier.barrier OWNER TO CURRENT_USER;
         ALTER SEQUENCE dtm_barrier.barrier_seq OWNER TO CURRENT_USER;
-        -- What lets others attach code, or empty it at once.
+        -- What lets others attach code, or empty it at once, or set the sequence back.
         FOR granted IN
-            SELECT DISTINCT a.grantee, a.privilege_type
+            SELECT DISTINCT c.relkind, c.relname, a.grantee, a.privilege_type
             FROM pg_class c, aclexplode(c.relacl) a
-            WHERE c.oid = adopted AND a.grantee <> c.relowner
-              AND a.privilege_type NOT IN ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
+            WHERE c.oid IN (adopted, sequence) AND a.grantee <> c.relowner
+              AND a.privilege_type <> ALL (CASE c.relkind WHEN 'S' THEN '{SELECT,USAGE}'::text[]
+                                                          ELSE '{SELECT,INSERT,UPDATE,DELETE}' END)
         LOOP
-            EXECUTE format('REVOKE %s ON dtm_barrier.barrier FROM %s CASCADE', granted.privilege_type,
+            EXECUTE format('REVOKE %s ON %s dtm_barrier.%I FROM %s CASCADE', granted.privilege_type,
+                           CASE granted.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, granted.relname,
                            CASE granted.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(granted.grantee)) END);
         END LOOP;
         IF owner <> (SELECT c.relowner FROM pg_class c WHERE c.oid = adopted) THEN
@@ -129,7 +136,9 @@ BEGIN
                                  pg_get_userbyid(owner)),
                 HINT = 'A dump does not have these grants: repeat them in a database that is restored.';
         END IF;
+        ALTER SEQUENCE dtm_barrier.barrier_seq AS bigint INCREMENT 1 NO MAXVALUE NO CYCLE;
         ALTER TABLE dtm_barrier.barrier
+            ALTER id SET DEFAULT nextval('dtm_barrier.barrier_seq'),
             ALTER create_time SET DEFAULT now(), ALTER update_time SET DEFAULT now();
         IF to_regclass('dtm_barrier.barrier_create_time') IS NULL THEN
             CREATE INDEX barrier_create_time ON dtm_barrier.barrier (create_time);
@@ -181,6 +190,17 @@ BEGIN
             DETAIL = format('It is %s.', coalesce(quote_literal(left(gid, 150)), 'null')),
             HINT = 'Pass the gid that the message was prepared with.';
     END IF;
+    -- Its own barrier would look like a committed one, and what it answers could be taken back with the rest.
+    IF pg_current_xact_id_if_assigned() IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'active_sql_transaction',
+            MESSAGE = 'dtm.query_prepared cannot be called in a transaction that has written something',
+            HINT = 'Call it in a transaction of its own.';
+    END IF;
+    -- The answer is acted on: neither its row nor the one that it found may be taken back by a crash.
+    IF current_setting('synchronous_commit') = 'off' THEN
+        SET LOCAL synchronous_commit TO local;
+    END IF;
     INSERT INTO dtm_barrier.barrier (trans_type, gid, branch_id, op, barrier_id, reason)
     VALUES ('msg', query_prepared.gid, '00', 'msg', '01', 'rollback')
     ON CONFLICT ON CONSTRAINT uniq_barrier DO NOTHING;
@@ -194,6 +214,7 @@ BEGIN
             MESSAGE = format('it is not known whether message %s is committed', gid),
             HINT = 'Ask again.';
     END IF;
+    PERFORM dtm.flush();
     RETURN decision;
 END
 $$;

@@ -72,13 +72,13 @@ CREATE FUNCTION dtm.retry_now(gid text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM dtm.lock_unfinished(gid, 'tried again');
-    UPDATE dtm.branch b SET first_attempt_at = clock_timestamp()
+    UPDATE dtm.branch b SET first_attempt_at = clock_timestamp(), attempts = 0
     FROM dtm.transaction t
     WHERE t.gid = retry_now.gid AND t.stuck_since IS NOT NULL AND b.gid = t.gid AND b.status = 'prepared';
     UPDATE dtm.transaction t SET failures = 0, stuck_since = NULL
     WHERE t.gid = retry_now.gid AND (t.failures <> 0 OR t.stuck_since IS NOT NULL);
     INSERT INTO dtm.due AS d (gid, due_at) VALUES (retry_now.gid, clock_timestamp())
-    ON CONFLICT ON CONSTRAINT due_pkey DO UPDATE SET due_at = excluded.due_at;
+    ON CONFLICT ON CONSTRAINT due_pkey DO UPDATE SET due_at = excluded.due_at, endpoint = NULL;
 END
 $$;
 
@@ -110,22 +110,23 @@ LEFT JOIN dtm.due d ON d.gid = t.gid;
 
 COMMENT ON VIEW dtm.branches IS 'The calls of global transactions: what came of each, and when it is made again.';
 
--- A bounded part of what has ended long ago.
+-- A bounded part of what has ended long ago: in the order in which they were made, up to the first that is too young. What has not
+-- ended, however old, is passed over. It never reads the whole table, and takes no index that each end would have to be written to.
 CREATE FUNCTION dtm.purge_transactions(max_rows int) RETURNS bigint
-LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET enable_sort = off AS $$
 DECLARE
-    gone text[];
+    before timestamptz := clock_timestamp() - dtm.transactions_kept();
+    oldest record;
+    gone text[] := '{}';
 BEGIN
-    WITH old AS (
-        SELECT t.gid FROM dtm.transaction t
-        WHERE t.created_at < clock_timestamp() - dtm.transactions_kept() ORDER BY t.id LIMIT max_rows
-    ), deleted AS (
-        DELETE FROM dtm.transaction t USING old
-        WHERE t.gid = old.gid AND t.finished_at < clock_timestamp() - dtm.transactions_kept()
-        RETURNING t.gid
-    )
-    SELECT array_agg(d.gid) INTO gone FROM deleted d;
+    FOR oldest IN SELECT t.gid, t.created_at, t.finished_at FROM dtm.transaction t ORDER BY t.id LOOP
+        EXIT WHEN oldest.created_at >= before OR cardinality(gone) >= max_rows;
+        IF oldest.finished_at < before THEN
+            gone := gone || oldest.gid;
+        END IF;
+    END LOOP;
+    DELETE FROM dtm.transaction t WHERE t.gid = ANY (gone);
     DELETE FROM dtm.branch b WHERE b.gid = ANY (gone);
-    RETURN coalesce(cardinality(gone), 0);
+    RETURN cardinality(gone);
 END
 $$;

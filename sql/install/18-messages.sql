@@ -8,6 +8,10 @@ CREATE FUNCTION dtm.check_gid(gid text) RETURNS void
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_gid_wrapper';
 CREATE FUNCTION dtm.check_steps(steps jsonb) RETURNS void
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_steps_wrapper';
+CREATE FUNCTION dtm.check_action(action text) RETURNS void
+LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'check_action_wrapper';
+CREATE FUNCTION dtm.check_query_prepared(query_prepared text) RETURNS void
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_query_prepared_wrapper';
 CREATE FUNCTION dtm.check_transaction_options(options jsonb) RETURNS TABLE (delay float8, timeout_to_fail float8)
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_transaction_options_wrapper';
 
@@ -46,6 +50,8 @@ BEGIN
             DETAIL = format('The action is %L.', lonely),
             HINT = 'Insert its subscribers into dtm.msg_topics first.';
     END IF;
+    PERFORM dtm.check_action(m.url) FROM dtm.msg_topics m
+    WHERE 'topic://' || m.topic IN (SELECT s.step ->> 'action' FROM jsonb_array_elements(steps) AS s (step));
     SELECT jsonb_agg((s.step - 'payload' - 'action') || jsonb_build_object(
                'branch_id', dtm.branch_number(s.n) || CASE WHEN t.among > 1 THEN '-' || dtm.branch_number(t.nth) ELSE '' END,
                'op', 'action', 'action', coalesce(t.url, s.step ->> 'action')) ORDER BY s.n, t.nth),
@@ -119,13 +125,7 @@ COMMENT ON FUNCTION dtm.msg_send(jsonb, text, jsonb) IS
 CREATE FUNCTION dtm.msg_prepare(gid text, steps jsonb, query_prepared text, options jsonb DEFAULT '{}') RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF query_prepared IS NULL OR query_prepared !~ '^(https?|postgres)://[^/]' OR query_prepared ~ '@'
-       OR length(query_prepared) > 2048 THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'invalid_parameter_value',
-            MESSAGE = 'a prepared message needs somebody to be asked whether it is committed',
-            HINT = 'Pass a URL that answers as DTM''s query-prepared does, or postgres://TARGET, without credentials.';
-    END IF;
+    PERFORM dtm.check_query_prepared(query_prepared);
     PERFORM dtm.insert_message(gid, 'prepared', steps, NULL, query_prepared, options);
 END
 $$;

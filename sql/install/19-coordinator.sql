@@ -58,27 +58,55 @@ BEGIN ATOMIC
     WINDOW older AS (ORDER BY t.id);
 END;
 
--- What is due in the shards that a relay owns, but for what it is at already; and in how many seconds the next is.
-CREATE FUNCTION dtm.relay_due_transactions(shards int, own int[], busy text[], max_rows int, OUT gids text[], OUT next_in float8)
+-- What is due in the shards that a relay owns, but for what it is at already, and in how many seconds the next is. Of what waits
+-- for one of these endpoints no more than it has room for, of any other no more than usual: those that are down, or slow, take
+-- nothing from the others, however much waits for them.
+CREATE FUNCTION dtm.relay_due_transactions(
+    shards int, own int[], busy text[], max_rows int, endpoints text[], rooms int[], usual int, OUT gids text[], OUT next_in float8
+)
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 BEGIN
-    gids := ARRAY(
-        SELECT d.gid FROM dtm.due d
-        WHERE d.due_at <= clock_timestamp() AND d.gid <> ALL (busy) AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
-        ORDER BY d.due_at LIMIT max_rows);
-    SELECT extract(epoch FROM min(d.due_at) - clock_timestamp()) INTO next_in FROM dtm.due d WHERE d.due_at > clock_timestamp();
+    WITH RECURSIVE waited_for AS (
+        (SELECT d.endpoint FROM dtm.due d WHERE d.endpoint IS NOT NULL ORDER BY d.endpoint LIMIT 1)
+        UNION ALL
+        SELECT (SELECT d.endpoint FROM dtm.due d WHERE d.endpoint > w.endpoint ORDER BY d.endpoint LIMIT 1)
+        FROM waited_for w WHERE w.endpoint IS NOT NULL
+    ), found AS (
+        (SELECT d.gid, d.due_at, row_number() OVER (ORDER BY d.due_at) AS nth
+         FROM dtm.due d
+         WHERE d.endpoint IS NULL AND d.due_at <= clock_timestamp() AND d.gid <> ALL (busy)
+           AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
+         ORDER BY d.due_at LIMIT max_rows)
+        UNION ALL
+        SELECT f.gid, f.due_at, f.nth
+        FROM waited_for w
+        LEFT JOIN unnest(endpoints, rooms) AS r (endpoint, room) ON r.endpoint = w.endpoint
+        CROSS JOIN LATERAL (
+            SELECT d.gid, d.due_at, row_number() OVER (ORDER BY d.due_at) AS nth
+            FROM dtm.due d
+            WHERE d.endpoint = w.endpoint AND d.due_at <= clock_timestamp() AND d.gid <> ALL (busy)
+              AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
+            ORDER BY d.due_at LIMIT coalesce(r.room, usual)) f
+        WHERE w.endpoint IS NOT NULL
+    )
+    SELECT coalesce(array_agg(f.gid ORDER BY f.nth, f.due_at), '{}') INTO gids
+    FROM (SELECT * FROM found ORDER BY found.nth, found.due_at LIMIT max_rows) f;
+    SELECT extract(epoch FROM min(d.due_at) - clock_timestamp()) INTO next_in
+    FROM dtm.due d WHERE d.endpoint IS NULL AND d.due_at > clock_timestamp();
     IF gids <> '{}' THEN
+        -- Somebody may have hurried what has ended meanwhile.
+        DELETE FROM dtm.due d WHERE d.gid = ANY (gids) AND NOT EXISTS (
+            SELECT FROM dtm.transaction t WHERE t.gid = d.gid AND t.status IN ('prepared', 'submitted', 'aborting'));
         -- What a crash could still take back is not acted on.
         PERFORM dtm.flush();
     END IF;
 END
 $$;
 
--- Messages whose branches were all called with success: those that it ends.
-CREATE FUNCTION dtm.relay_succeed(gids text[]) RETURNS text[]
+-- Messages whose branches were all called with success. stored: those that it ends; held: those that are still submitted, but
+-- somebody's open transaction holds their rows.
+CREATE FUNCTION dtm.relay_succeed(gids text[], OUT stored text[], OUT held text[])
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
-DECLARE
-    ended text[];
 BEGIN
     -- Nobody's open transaction holds up the others: what is locked is tried again.
     BEGIN
@@ -86,7 +114,7 @@ BEGIN
             UPDATE dtm.transaction t SET status = 'succeed', finished_at = clock_timestamp()
             WHERE t.gid = ANY (gids) AND t.status = 'submitted' RETURNING t.gid
         )
-        SELECT array_agg(d.gid) INTO ended FROM done d;
+        SELECT coalesce(array_agg(d.gid), '{}') INTO stored FROM done d;
     EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
         WITH free AS MATERIALIZED (
             SELECT t.gid FROM dtm.transaction t
@@ -95,23 +123,27 @@ BEGIN
             UPDATE dtm.transaction t SET status = 'succeed', finished_at = clock_timestamp()
             FROM free WHERE t.gid = free.gid RETURNING t.gid
         )
-        SELECT array_agg(d.gid) INTO ended FROM done d;
+        SELECT coalesce(array_agg(d.gid), '{}') INTO stored FROM done d;
     END;
-    RETURN coalesce(ended, '{}');
+    held := '{}';
+    IF cardinality(stored) < cardinality(gids) THEN
+        held := ARRAY(SELECT t.gid FROM dtm.transaction t
+                      WHERE t.gid = ANY (gids) AND t.gid <> ALL (stored) AND t.status = 'submitted');
+    END IF;
 END
 $$;
 
 -- What came of passes that were not all success. Each is an object: gid, "from" (the status it leaves), "to", reason, failures,
--- retry_in (seconds; null: it waits for nothing), endpoint, error, stuck, and branches: those that something came of. Answers
--- those that still had the status they leave.
-CREATE FUNCTION dtm.relay_settle(settlements jsonb) RETURNS text[]
+-- retry_in (seconds; null: it waits for nothing), endpoint, error, stuck, took (seconds since it was read: what was hurried
+-- since then is tried again at once), and branches: those that something came of. stored: those
+-- that still had the status they leave; held: those that still have it, but somebody's open transaction holds their rows.
+CREATE FUNCTION dtm.relay_settle(settlements jsonb, OUT stored text[], OUT held text[])
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    settled text[];
 BEGIN
     WITH settlement AS MATERIALIZED (
         SELECT * FROM jsonb_to_recordset(settlements) AS s (
-            gid text, "from" text, "to" text, reason text, failures int, retry_in float8, endpoint text, error text, stuck boolean)
+            gid text, "from" text, "to" text, reason text, failures int, retry_in float8, endpoint text, error text, stuck boolean,
+            took float8)
     ), free AS MATERIALIZED (
         SELECT t.gid FROM dtm.transaction t JOIN settlement s ON s.gid = t.gid AND s."from" = t.status
         FOR UPDATE OF t SKIP LOCKED
@@ -128,6 +160,8 @@ BEGIN
         SELECT s.gid, clock_timestamp() + make_interval(secs => s.retry_in), s.endpoint
         FROM settlement s JOIN moved m ON m.gid = s.gid WHERE s.retry_in IS NOT NULL
         ON CONFLICT ON CONSTRAINT due_pkey DO UPDATE SET due_at = excluded.due_at, endpoint = excluded.endpoint
+        WHERE d.due_at NOT BETWEEN clock_timestamp() - make_interval(
+            secs => (SELECT coalesce(s.took, 0) FROM settlement s WHERE s.gid = d.gid)) AND clock_timestamp()
     ), over AS (
         DELETE FROM dtm.due d USING settlement s JOIN moved m ON m.gid = s.gid
         WHERE d.gid = s.gid AND s.retry_in IS NULL
@@ -143,9 +177,14 @@ BEGIN
         ON CONFLICT ON CONSTRAINT branch_pkey DO UPDATE
         SET status = excluded.status, attempts = excluded.attempts, last_status = excluded.last_status,
             last_error = excluded.last_error, last_attempt_at = excluded.last_attempt_at, finished_at = excluded.finished_at
+        -- Whoever has lost the transaction to another relay meanwhile does not know better than that.
+        WHERE b.status = 'prepared' AND (excluded.status = 'succeed' OR excluded.attempts > b.attempts)
     )
-    SELECT array_agg(m.gid) INTO settled FROM moved m;
-    RETURN coalesce(settled, '{}');
+    SELECT coalesce(array_agg(m.gid), '{}') INTO stored FROM moved m;
+    held := ARRAY(
+        SELECT t.gid FROM jsonb_to_recordset(settlements) AS s (gid text, "from" text)
+        JOIN dtm.transaction t ON t.gid = s.gid AND t.status = s."from"
+        WHERE t.gid <> ALL (stored));
 END
 $$;
 

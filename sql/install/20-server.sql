@@ -68,7 +68,7 @@ LANGUAGE sql STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT jsonb_build_object(
         'status', t.status, 'reason', t.reason, 'error', t.last_error, 'next_attempt_at', t.next_attempt_at,
-        'has_failed', t.failures > 0 OR t.stuck_since IS NOT NULL OR EXISTS (
+        'has_failed', t.failures > 0 OR t.last_error IS NOT NULL OR t.stuck_since IS NOT NULL OR EXISTS (
             SELECT FROM dtm.branch b WHERE b.gid = t.gid AND b.status = 'prepared'),
         'is_delayed', t.next_attempt_at > clock_timestamp() AND t.last_error IS NULL AND t.failures = 0)
     FROM dtm.transactions t WHERE t.gid = server_progress.gid;

@@ -84,6 +84,13 @@ impl<P: Clone + Eq + Hash> Circuit<P> {
         }
     }
 
+    /// How many calls may be made now beside those in flight; `None`: as many as there are.
+    pub fn room(&self, in_flight: usize, now: Instant) -> Option<usize> {
+        let (at, _) = self.open?;
+        let may_go = at <= now || self.failed.len() < PARTIES;
+        Some(if may_go { PROBES.saturating_sub(in_flight) } else { 0 })
+    }
+
     /// Whether a party has not been heard yet in this round of turns, which goes on over all rounds of probes: among parties
     /// that fail by their own fault, the one that does not is found however many they are.
     pub fn has_turn(&self, party: &P) -> bool {

@@ -20,7 +20,7 @@ enum Delays {
 
 impl Schedule {
     /// Bounds that double from `base` up to `cap`; without a number of attempts they never end.
-    pub fn exponential(base: Duration, cap: Duration, attempts: Option<u32>) -> Self {
+    pub const fn exponential(base: Duration, cap: Duration, attempts: Option<u32>) -> Self {
         Schedule { delays: Delays::Exponential { base, cap }, attempts }
     }
 

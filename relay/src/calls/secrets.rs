@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use http::Uri;
 use serde::Deserialize;
 
 /// Where a secret stands.
@@ -16,23 +17,53 @@ use serde::Deserialize;
 pub struct SecretTable {
     env: Option<String>,
     file: Option<PathBuf>,
+    /// Where it may be sent, as `https://host:port`. Without them a subscription may send it anywhere, a message nowhere: who
+    /// may send messages is not for that trusted with secrets, and names the servers that are called.
+    #[serde(default)]
+    servers: Vec<String>,
 }
 
 /// A secret; it is shown to nobody.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
+pub struct Secret {
+    text: String,
+    /// Scheme, host and port.
+    servers: Vec<String>,
+}
 
 impl Secret {
     /// What must not be shown.
     pub fn reveal(&self) -> &str {
-        &self.0
+        &self.text
+    }
+
+    /// Whether the configuration says where it may be sent.
+    pub fn is_bound(&self) -> bool {
+        !self.servers.is_empty()
+    }
+
+    /// Whether the configuration says that it may be sent there.
+    pub fn is_for(&self, uri: &Uri) -> bool {
+        server(uri).is_some_and(|server| self.servers.contains(&server))
     }
 }
 
 impl From<String> for Secret {
     fn from(text: String) -> Self {
-        Secret(text)
+        Secret { text, servers: Vec::new() }
     }
+}
+
+/// Scheme, host and port of an HTTP URI.
+fn server(uri: &Uri) -> Option<String> {
+    let scheme = uri.scheme_str()?;
+    let port = match (uri.port_u16(), scheme) {
+        (Some(port), _) => port,
+        (None, "http") => 80,
+        (None, "https") => 443,
+        (None, _) => return None,
+    };
+    Some(format!("{scheme}://{}:{port}", uri.host()?.to_ascii_lowercase()))
 }
 
 impl fmt::Debug for Secret {
@@ -93,10 +124,10 @@ impl Echoes {
                 found.extend(runs.filter(|run| run.chars().count() >= RUN_CHARS_MIN).map(str::to_owned));
             }
             let is_long = |part: &String| part.chars().count() >= PART_CHARS_MIN;
-            parts.extend(found.into_iter().filter(is_long).map(Secret));
+            parts.extend(found.into_iter().filter(is_long).map(Secret::from));
             parts.push(secret.clone());
         }
-        parts.sort_by_key(|part| Reverse(part.0.len()));
+        parts.sort_by_key(|part| Reverse(part.text.len()));
         Echoes { parts }
     }
 
@@ -105,14 +136,14 @@ impl Echoes {
         if text.is_empty() {
             return;
         }
-        for Secret(part) in &self.parts {
+        for Secret { text: part, .. } in &self.parts {
             if text.contains(part.as_str()) {
                 *text = text.replace(part.as_str(), "…");
             }
         }
         // A character that was cut in the middle is no longer what it was.
         let end = text.trim_end_matches(char::REPLACEMENT_CHARACTER);
-        let begun = self.parts.iter().filter_map(|Secret(part)| {
+        let begun = self.parts.iter().filter_map(|Secret { text: part, .. }| {
             let cuts = part.char_indices().map(|(at, _)| at).skip(PART_CHARS_MIN);
             cuts.filter(|at| end.ends_with(&part[..*at])).max()
         });
@@ -140,7 +171,17 @@ impl SecretTable {
             }
             _ => return Err("it needs either env or file".into()),
         };
-        if text.is_empty() { Err("it is empty".into()) } else { Ok(Secret(text)) }
+        if text.is_empty() {
+            return Err("it is empty".into());
+        }
+        let server = |text: &String| {
+            let uri: Option<Uri> = text.parse().ok();
+            let is_server = |uri: &Uri| uri.path() == "/" && uri.query().is_none();
+            let named = uri.filter(is_server).as_ref().and_then(server);
+            named.ok_or_else(|| format!("servers: {text:?} is not like https://host or https://host:port"))
+        };
+        let servers = self.servers.iter().map(server).collect::<Result<_, _>>()?;
+        Ok(Secret { text, servers })
     }
 }
 
@@ -149,7 +190,7 @@ mod tests {
     use super::*;
 
     fn read(env: Option<&str>, file: Option<PathBuf>) -> Result<Secret, String> {
-        SecretTable { env: env.map(str::to_owned), file }.read()
+        SecretTable { env: env.map(str::to_owned), file, servers: Vec::new() }.read()
     }
 
     #[test]
@@ -165,6 +206,28 @@ mod tests {
         assert!(read(None, None).is_err() && read(Some("PATH"), Some(path.clone())).is_err());
         std::fs::write(&path, "\n").unwrap();
         assert!(read(None, Some(path)).is_err());
+    }
+
+    #[test]
+    fn a_secret_goes_where_the_configuration_says() {
+        let read = |server: &str| {
+            let servers = vec!["https://api.internal".into(), server.into()];
+            SecretTable { env: Some("PATH".into()), file: None, servers }.read()
+        };
+        let secret = read("http://10.0.0.1:8080/").unwrap();
+        for (uri, expected) in [
+            ("https://api.internal/x?y", true),
+            ("https://API.internal:443/", true),
+            ("http://api.internal/", false),
+            ("https://api.internal:8443/", false),
+            ("https://api.internal.evil.example/", false),
+            ("http://10.0.0.1:8080/x", true),
+        ] {
+            assert_eq!(secret.is_for(&uri.parse().unwrap()), expected, "{uri}");
+        }
+        for wrong in ["api.internal", "https://api.internal/path", "ftp://x", ""] {
+            assert!(read(wrong).unwrap_err().starts_with("servers"), "{wrong}");
+        }
     }
 
     fn blanked(secret: &str, text: &str) -> String {
@@ -205,7 +268,8 @@ mod tests {
     #[test]
     fn a_secret_that_comes_back_in_another_form_is_blanked_too() {
         let echoes =
-            Echoes::of(&[Secret("Bearer a/b+Secret/zz".into()), Secret("Basic dXNlcjpodW50ZXIy".into())]);
+            ["Bearer a/b+Secret/zz", "Basic dXNlcjpodW50ZXIy"].map(|text| Secret::from(text.to_owned()));
+        let echoes = Echoes::of(&echoes);
         for echo in [r"wrong: Bearer a\/b+Secret\/zz", "wrong: a%2Fb%2BSecret%2Fzz", "wrong password hunter2"]
         {
             let mut text = echo.to_owned();

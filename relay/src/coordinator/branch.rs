@@ -6,16 +6,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use dtm_core::destination::Destination;
-use dtm_core::names::is_name;
 use dtm_core::page::Event;
 use dtm_core::topic_template::TopicTemplate;
-use dtm_core::transaction::{Action, Options};
+use dtm_core::transaction::{Action, Decider, Options};
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue, USER_AGENT};
 use http::{Method, Uri};
 use tokio::time::Instant;
+use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::endpoints::{Endpoints, Health, Standing};
+use super::endpoints::{Admission, Endpoints, Health, Standing};
 use super::machine::{Answer, Report};
 use crate::calls::http::{self as calls, Endpoint};
 use crate::calls::outcome::{Class, Outcome};
@@ -69,12 +69,16 @@ enum Callee {
 
 impl Callee {
     fn parse(action: &str) -> Option<Self> {
-        if let Some(target) = action.strip_prefix("postgres://").filter(|target| is_name(target)) {
-            return Some(Callee::Decider(target.to_owned()));
-        }
         match Action::parse(action) {
             Ok(Action::Call(destination)) => Some(Callee::Destination(destination)),
             Ok(Action::Topic(_)) | Err(_) => None,
+        }
+    }
+
+    fn of_decider(text: &str) -> Option<Self> {
+        match Decider::parse(text).ok()? {
+            Decider::Http(uri) => Some(Callee::Destination(Destination::Http(uri))),
+            Decider::Postgres(target) => Some(Callee::Decider(target)),
         }
     }
 
@@ -104,36 +108,34 @@ impl Caller {
         Caller { outlets, endpoints: Endpoints::default(), servers: Mutex::default(), source }
     }
 
-    /// Makes a call, unless its endpoint is down.
+    /// Makes a call, unless its endpoint is down or has enough to do.
     pub async fn call(&self, call: Call<'_>, options: &Options) -> Called {
-        let Some(callee) = Callee::parse(call.action) else {
-            return Called { report: unsendable(format!("{} cannot be called", call.action)), revived: None };
+        self.make(Callee::parse(call.action), call, options).await
+    }
+
+    /// Asks whoever knows whether a message is committed.
+    pub async fn ask_whether_committed(&self, call: Call<'_>, options: &Options) -> Called {
+        self.make(Callee::of_decider(call.action), call, options).await
+    }
+
+    async fn make(&self, callee: Option<Callee>, call: Call<'_>, options: &Options) -> Called {
+        let Some(callee) = callee else {
+            let error = format!("{} cannot be called", call.action);
+            let report =
+                Report { answer: Answer::Unknown, was_called: true, status: None, error, endpoint: None };
+            return Called { report, revived: None };
         };
         let endpoint = callee.endpoint();
-        if !self.endpoints.admit(&endpoint, call.gid, Instant::now()) {
-            let error = format!("{endpoint} is down: it was not called");
-            let report = Report {
-                answer: Answer::Unknown,
-                was_called: false,
-                status: None,
-                error,
-                endpoint: Some(endpoint),
-            };
-            return Called { report, revived: None };
-        }
+        let _place = match self.endpoints.admit(&endpoint, call.gid).await {
+            Admission::Place(place) => place,
+            Admission::Down => return not_called(endpoint, "is down"),
+            Admission::Full => return not_called(endpoint, "has enough to do"),
+        };
         let ended =
             Ended { endpoints: &self.endpoints, endpoint: &endpoint, gid: call.gid, health: Health::Fails };
-        let outcome = match callee {
-            Callee::Destination(Destination::Http(uri)) => self.http(uri, call, options).await,
-            Callee::Destination(Destination::Kafka { cluster, topic }) => self
-                .kafka(&cluster, topic, call)
-                .await
-                .unwrap_or_else(|problem| Outcome::without_answer(Class::Unsendable, problem.to_string())),
-            Callee::Destination(Destination::Postgres { target, schema, function }) => {
-                let function = Function { schema, name: function };
-                self.postgres(&target, Some(&function), call, options).await
-            }
-            Callee::Decider(target) => self.postgres(&target, None, call, options).await,
+        let Some(outcome) = self.outcome(callee, call, options).await else {
+            ended.with(Health::Unknown);
+            return not_called(endpoint, "has enough to do");
         };
         let answer = judge(&outcome, options);
         let health = health(&outcome, &answer);
@@ -142,14 +144,41 @@ impl Caller {
             "" => outcome.to_string(),
             body => format!("{outcome}: {body}"),
         };
+        match standing {
+            Standing::Opened => warn!(endpoint, "it is down, and left alone but for a few calls: {error}"),
+            Standing::Revived => info!(endpoint, "it works again"),
+            Standing::Up | Standing::Down => {}
+        }
+        let is_down = matches!(standing, Standing::Opened | Standing::Down);
         let report = Report {
             answer,
             was_called: true,
             status: outcome.status,
             error,
-            endpoint: (standing == Standing::Down).then(|| endpoint.clone()),
+            endpoint: is_down.then(|| endpoint.clone()),
         };
         Called { report, revived: (standing == Standing::Revived).then_some(endpoint) }
+    }
+
+    /// Makes a call; `None`: its turn did not come.
+    async fn outcome(&self, callee: Callee, call: Call<'_>, options: &Options) -> Option<Outcome> {
+        match callee {
+            Callee::Destination(Destination::Http(uri)) => Some(self.http(uri, call, options).await),
+            Callee::Destination(Destination::Kafka { cluster, topic }) => {
+                let outcome = self.kafka(&cluster, topic, call).await;
+                Some(outcome.unwrap_or_else(|problem| unsendable(problem.to_string())))
+            }
+            Callee::Destination(Destination::Postgres { target, schema, function }) => {
+                let function = Function { schema, name: function };
+                self.postgres(&target, Some(&function), call, options).await
+            }
+            Callee::Decider(target) => self.postgres(&target, None, call, options).await,
+        }
+    }
+
+    /// Endpoints that take no more calls than so many now.
+    pub fn rooms(&self) -> Vec<(String, i32)> {
+        self.endpoints.rooms(Instant::now())
     }
 
     /// Whether an endpoint works, as far as is known.
@@ -157,24 +186,23 @@ impl Caller {
         self.endpoints.is_up(endpoint)
     }
 
-    /// A function behind the barrier; without one, whether a message is committed.
+    /// A function behind the barrier; without one, whether a message is committed. `None`: all connections are busy.
     async fn postgres(
         &self,
         target: &str,
         function: Option<&Function>,
         call: Call<'_>,
         options: &Options,
-    ) -> Outcome {
+    ) -> Option<Outcome> {
         let Some(known) = self.outlets.postgres.get(target) else {
-            let problem = SinkError::NoTarget(target.to_owned()).to_string();
-            return Outcome::without_answer(Class::Unsendable, problem);
+            return Some(unsendable(SinkError::NoTarget(target.to_owned()).to_string()));
         };
         let Some(function) = function else {
             return known.query_prepared(call.gid, options.request_timeout).await;
         };
         let payload = call.payload.map(|payload| std::str::from_utf8(payload)).transpose();
         let Ok(payload) = payload else {
-            return Outcome::without_answer(Class::Unsendable, "the payload is no text");
+            return Some(unsendable("the payload is no text"));
         };
         let Call { gid, trans_type, branch_id, op, .. } = call;
         let branch = Branch { trans_type, gid, branch_id, op, payload };
@@ -182,15 +210,14 @@ impl Caller {
     }
 
     async fn http(&self, uri: Uri, call: Call<'_>, options: &Options) -> Outcome {
-        let wrong = |error: String| Outcome::without_answer(Class::Unsendable, error);
         let (server, uri) = match self.server(&uri).and_then(|server| Ok((server, with_query(&uri, &call)?)))
         {
             Ok(found) => found,
-            Err(error) => return wrong(error),
+            Err(error) => return unsendable(error),
         };
-        let (headers, echoes) = match self.headers(options) {
+        let (headers, echoes) = match self.headers(&uri, options) {
             Ok(found) => found,
-            Err(problem) => return wrong(problem.to_string()),
+            Err(problem) => return unsendable(problem.to_string()),
         };
         let (method, body) = match call.payload {
             Some(payload) if !payload.is_empty() => (Method::POST, payload.clone()),
@@ -213,7 +240,8 @@ impl Caller {
         Ok(servers.entry(name).or_insert_with(|| Arc::new(made)).clone())
     }
 
-    fn headers(&self, options: &Options) -> Result<(HeaderMap, Echoes), HeaderProblem> {
+    fn headers(&self, uri: &Uri, options: &Options) -> Result<(HeaderMap, Echoes), HeaderProblem> {
+        headers::check_servers(&options.branch_headers, &self.outlets.secrets, uri, false)?;
         let set = headers::filled(&options.branch_headers, &self.outlets.secrets)?;
         let mut headers = headers::map(&set)?;
         headers.entry(CONTENT_TYPE).or_insert(HeaderValue::from_static("application/json"));
@@ -287,8 +315,19 @@ impl Drop for Ended<'_> {
     }
 }
 
-fn unsendable(error: String) -> Report {
-    Report { answer: Answer::Unknown, was_called: true, status: None, error, endpoint: None }
+fn unsendable(error: impl Into<String>) -> Outcome {
+    Outcome::without_answer(Class::Unsendable, error)
+}
+
+fn not_called(endpoint: String, why: &str) -> Called {
+    let report = Report {
+        answer: Answer::Unknown,
+        was_called: false,
+        status: None,
+        error: format!("{endpoint} {why}: it was not called"),
+        endpoint: Some(endpoint),
+    };
+    Called { report, revived: None }
 }
 
 /// What an outcome means to a transaction (DTM's rules; 2xx is success unless the options say otherwise).
@@ -308,7 +347,9 @@ fn judge(outcome: &Outcome, options: &Options) -> Answer {
 /// Whether the service works: if it says no or later, it does.
 fn health(outcome: &Outcome, answer: &Answer) -> Health {
     match (answer, outcome.class) {
-        (Answer::Success | Answer::Failure | Answer::Ongoing, _) | (_, Class::Unsendable) => Health::Works,
+        (Answer::Success | Answer::Failure | Answer::Ongoing, _) => Health::Works,
+        // The service itself has said so, or nothing was sent.
+        (_, Class::Unsendable) => Health::Unknown,
         (Answer::Unknown, Class::Unsent) => Health::Away,
         (Answer::Unknown, _) => Health::Fails,
     }

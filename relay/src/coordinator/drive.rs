@@ -13,12 +13,12 @@ use serde_json::json;
 use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 
-use super::branch::{Call, Caller};
+use super::branch::{Call, Called, Caller};
 use super::machine::{Branch, Kind, Machine, Next, Report, State, Status};
-use super::settlement::{Settlement, Then, pause};
+use super::settlement::{Settlement, TURN, Then, pause};
 use crate::source::transactions::{Found, Store};
 
-/// After somebody else has changed a transaction, or holds its row.
+/// After somebody else has changed a transaction.
 const AGAIN: Duration = Duration::from_millis(50);
 /// After so many failures in a row people are told, and each time that it has become twice as many.
 const ALARM_AFTER: u32 = 4;
@@ -65,6 +65,8 @@ struct Transaction {
     headers: Vec<Option<String>>,
     payloads: Vec<Option<Bytes>>,
     state: State,
+    /// When it was asked for: it is not older than that.
+    read_at: Instant,
     /// What the payloads take of the memory for them.
     _room: OwnedSemaphorePermit,
 }
@@ -79,6 +81,11 @@ impl Coordinator {
     /// The transactions themselves.
     pub fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// Endpoints that take no more calls than so many now.
+    pub fn rooms(&self) -> Vec<(String, i32)> {
+        self.caller.rooms()
     }
 
     fn lock(&self) -> MutexGuard<'_, HashSet<String>> {
@@ -114,8 +121,9 @@ impl Coordinator {
         let _busy = self.begin(gid).await;
         loop {
             self.valid().await;
+            let begun = Instant::now();
             let Some(found) = self.store.find(gid).await else { return };
-            let over = match Transaction::read(found) {
+            let over = match Transaction::read(found, begun) {
                 Ok(transaction) => self.pass(&transaction).await,
                 Err((status, problem)) => self.give_up(gid, &status, &problem).await,
             };
@@ -181,7 +189,10 @@ impl Coordinator {
     }
 
     async fn call(&self, transaction: &Transaction, call: Call<'_>) -> Report {
-        let called = self.caller.call(call, &transaction.options).await;
+        self.report(self.caller.call(call, &transaction.options).await).await
+    }
+
+    async fn report(&self, called: Called) -> Report {
         if let Some(endpoint) = called.revived {
             self.store.revive(&endpoint).await;
         }
@@ -191,7 +202,7 @@ impl Coordinator {
     async fn ask_whether_committed(&self, transaction: &Transaction) -> Report {
         let action = transaction.query_prepared.as_deref().unwrap_or_default();
         let call = Call { branch_id: "00", op: "msg", action, payload: None, ..transaction.call(0) };
-        self.call(transaction, call).await
+        self.report(self.caller.ask_whether_committed(call, &transaction.options).await).await
     }
 
     async fn settle(&self, transaction: &Transaction, settlement: Settlement) -> bool {
@@ -202,9 +213,11 @@ impl Coordinator {
         let (retry_in, endpoint) = match &settlement.then {
             Then::End | Then::Decide => (None, None),
             Then::Again { endpoint } => {
-                let called = settlement.results.iter().any(|result| !result.is_done);
-                let pause =
-                    pause(transaction.options.retry_interval, settlement.failures, !called, rand::random());
+                let (interval, failures) = match settlement.waits_its_turn {
+                    true => (TURN, 0),
+                    false => (transaction.options.retry_interval, settlement.failures),
+                };
+                let pause = pause(interval, failures, rand::random());
                 (Some(pause.as_secs_f64()), endpoint.as_deref())
             }
         };
@@ -215,13 +228,16 @@ impl Coordinator {
                 "attempts": result.attempts, "last_status": result.status, "last_error": result.error,
             })
         }).collect();
-        let is_asking = settlement.from == Status::Prepared;
-        let stored = self.store.settle(json!({
+        // Where a branch was called, its row tells what went wrong.
+        let is_told = settlement.from != Status::Prepared && !stuck && !settlement.waits_its_turn;
+        let settled = json!({
             "gid": transaction.gid, "from": settlement.from.to_string(), "to": settlement.to.to_string(),
             "reason": settlement.error.as_ref().filter(|_| settlement.to == Status::Failed),
-            "error": settlement.error.as_ref().filter(|_| is_asking || stuck), "failures": settlement.failures,
-            "retry_in": retry_in, "endpoint": endpoint, "stuck": stuck, "branches": branches,
-        })).await;
+            "error": settlement.error.as_ref().filter(|_| !is_told), "failures": settlement.failures,
+            "retry_in": retry_in, "endpoint": endpoint, "stuck": stuck,
+            "took": transaction.read_at.elapsed().as_secs_f64(), "branches": branches,
+        });
+        let stored = self.store.settle(settled).await;
         // It may have begun to work since it was called: then nobody else says so.
         if stored
             && let Some(endpoint) = endpoint
@@ -250,7 +266,10 @@ fn tell(transaction: &Transaction, settlement: &Settlement) {
     let failures = settlement.failures;
     match settlement.then {
         Then::Decide => {
-            let hint = "dtm.retry_now, dtm.msg_submit, dtm.msg_abort or dtm.force_stop decide it";
+            let hint = match settlement.to {
+                Status::Prepared => "dtm.msg_submit, dtm.msg_abort or dtm.force_stop decide it",
+                _ => "dtm.retry_now goes on with it, dtm.force_stop ends it",
+            };
             tracing::error!(gid, hint, "the transaction stands still: {error}");
         }
         Then::Again { .. } if failures >= ALARM_AFTER && failures.is_power_of_two() => {
@@ -262,12 +281,12 @@ fn tell(transaction: &Transaction, settlement: &Settlement) {
 
 impl Transaction {
     /// An error is the status and what is wrong.
-    fn read(found: Found) -> Result<Self, (String, String)> {
+    fn read(found: Found, read_at: Instant) -> Result<Self, (String, String)> {
         let status = found.status.clone();
-        Self::parse(found).map_err(|problem| (status, problem))
+        Self::parse(found, read_at).map_err(|problem| (status, problem))
     }
 
-    fn parse(found: Found) -> Result<Self, String> {
+    fn parse(found: Found, read_at: Instant) -> Result<Self, String> {
         let json = |error: serde_json::Error| error.to_string();
         let kind =
             Kind::parse(&found.trans_type).ok_or_else(|| format!("trans_type {}", found.trans_type))?;
@@ -310,6 +329,7 @@ impl Transaction {
             steps,
             payloads,
             state,
+            read_at,
             _room: found.room,
         })
     }

@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep_until};
 use tracing::Instrument as _;
 
 use super::drive::Coordinator;
+use super::endpoints::PLACES;
 use crate::source::transactions::Wanted;
 
 /// So many are worked at.
@@ -45,6 +46,8 @@ pub async fn follow(coordinator: Arc<Coordinator>, mut shards: watch::Receiver<S
                     own: owned.own,
                     busy,
                     most: i32::try_from(most).unwrap_or(i32::MAX),
+                    rooms: coordinator.rooms(),
+                    usual: i32::try_from(PLACES).unwrap_or(i32::MAX),
                 };
                 let due = coordinator.store().due(wanted).await;
                 let is_all = due.gids.len() < most;

@@ -121,13 +121,13 @@ pub enum Answer {
 pub struct Report {
     /// See there.
     pub answer: Answer,
-    /// False: it was not made, for its endpoint is down.
+    /// False: it was not made, for its endpoint is down or has enough to do.
     pub was_called: bool,
     /// Of HTTP.
     pub status: Option<u16>,
     /// What went wrong, in words.
     pub error: String,
-    /// Its endpoint, if that is down.
+    /// Its endpoint, if the transaction has to wait for that.
     pub endpoint: Option<String>,
 }
 
@@ -226,11 +226,12 @@ impl Machine {
                 error: (!known.is_done).then(|| report.error.clone()),
             });
         }
-        // Of several the first decides, unless a later one is known to be worse than "not yet".
+        // Of several the first decides, unless a later one is known to be worse than "not yet" and "not called".
         let decides = match &self.halt {
             None => report.answer != Answer::Success,
             Some(Halt::Report(first)) => {
-                first.answer == Answer::Ongoing && matches!(report.answer, Answer::Failure | Answer::Unknown)
+                let is_mild = first.answer == Answer::Ongoing || !first.was_called;
+                is_mild && report.was_called && matches!(report.answer, Answer::Failure | Answer::Unknown)
             }
             Some(Halt::Undecidable) => false,
         };
@@ -253,6 +254,7 @@ impl Machine {
             to: self.state.status,
             then: Then::End,
             is_clean,
+            waits_its_turn: false,
             error: None,
             failures: 0,
             results,
@@ -276,7 +278,8 @@ impl Machine {
             }
             None => Then::Again { endpoint: None },
             Some(Halt::Report(report)) => {
-                if report.answer != Answer::Ongoing {
+                settlement.waits_its_turn = !report.was_called;
+                if report.was_called && report.answer != Answer::Ongoing {
                     settlement.failures = before.saturating_add(1);
                 }
                 let limit = self.state.retry_limit.unwrap_or(u32::MAX);

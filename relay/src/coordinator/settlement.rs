@@ -6,10 +6,10 @@ use std::time::Duration;
 use super::machine::Status;
 use crate::calls::schedule::Schedule;
 
-/// The longest pause between two attempts …
+/// The longest pause between two attempts.
 pub const PAUSE_MAX: Duration = Duration::from_secs(3_600);
-/// … and where nothing could be sent: to try costs next to nothing then.
-const PAUSE_UNSENT_MAX: Duration = Duration::from_secs(60);
+/// The pause where it was not called, for its endpoint is down or has enough to do; after it, it waits until that takes calls.
+pub const TURN: Duration = Duration::from_secs(1);
 
 /// What is to be stored of a pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +22,8 @@ pub struct Settlement {
     pub then: Then,
     /// It has succeeded at once, and its status is all that there is to store.
     pub is_clean: bool,
+    /// Its endpoint is down or has enough to do: it was not called, and nothing is charged to it.
+    pub waits_its_turn: bool,
     /// What stood in its way.
     pub error: Option<String>,
     /// Passes that failed since it last got ahead.
@@ -60,10 +62,9 @@ pub struct BranchResult {
 }
 
 /// The pause after so many failed passes in a row: `interval` doubles, with full jitter. `random` is drawn evenly from `[0, 1)`.
-pub fn pause(interval: Duration, failures: u32, is_unsent: bool, random: f64) -> Duration {
-    let cap = if is_unsent { PAUSE_UNSENT_MAX } else { PAUSE_MAX };
+pub fn pause(interval: Duration, failures: u32, random: f64) -> Duration {
     let random = if failures == 0 { 0.5 + random / 2.0 } else { random };
-    Schedule::exponential(interval, cap.max(interval), None).delay(failures.max(1), random)
+    Schedule::exponential(interval, PAUSE_MAX.max(interval), None).delay(failures.max(1), random)
 }
 
 #[cfg(test)]
@@ -73,10 +74,9 @@ mod tests {
     #[test]
     fn pauses_double_up_to_a_cap_and_what_goes_on_is_asked_about_as_often_as_before() {
         let second = Duration::from_secs(1);
-        assert_eq!(pause(second, 3, false, 0.5), 2 * second);
-        assert!(pause(second, 60, false, 0.999) <= PAUSE_MAX);
-        assert!(pause(second, 60, true, 0.999) <= PAUSE_UNSENT_MAX);
-        assert_eq!(pause(second, 0, false, 0.0), second / 2);
-        assert!(pause(2 * PAUSE_MAX, 1, false, 0.999) > PAUSE_MAX);
+        assert_eq!(pause(second, 3, 0.5), 2 * second);
+        assert!(pause(second, 60, 0.999) <= PAUSE_MAX);
+        assert_eq!(pause(second, 0, 0.0), second / 2);
+        assert!(pause(2 * PAUSE_MAX, 1, 0.999) > PAUSE_MAX);
     }
 }

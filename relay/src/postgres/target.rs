@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use tokio::sync::SemaphorePermit;
 use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
@@ -114,6 +115,10 @@ impl Target {
     ) -> Result<Vec<Outcome>, Outcome> {
         let parameters: [&(dyn ToSql + Sync); 6] =
             [&consumer, &function.schema, &function.name, &batch.ids, &batch.keys, &batch.events];
+        let busy = || {
+            Outcome::without_answer(Class::Overloaded, format!("all connections to {} are busy", self.name))
+        };
+        let _turn = self.turn(timeout).await.ok_or_else(busy)?;
         let rows = self
             .ask("calling for events", CALL_EVENTS, |session| &mut session.call_events, &parameters, timeout)
             .await?;
@@ -130,8 +135,14 @@ impl Target {
         Ok(outcomes)
     }
 
-    /// Calls a function for a branch, behind the barrier.
-    pub async fn call_branch(&self, function: &Function, branch: Branch<'_>, timeout: Duration) -> Outcome {
+    /// Calls a function for a branch, behind the barrier. `None`: it was not called, for all connections are busy.
+    pub async fn call_branch(
+        &self,
+        function: &Function,
+        branch: Branch<'_>,
+        timeout: Duration,
+    ) -> Option<Outcome> {
+        let _turn = self.turn(timeout).await?;
         let Branch { trans_type, gid, branch_id, op, payload } = branch;
         let parameters: [&(dyn ToSql + Sync); 7] =
             [&function.schema, &function.name, &trans_type, &gid, &branch_id, &op, &payload];
@@ -142,18 +153,18 @@ impl Target {
             &parameters,
             timeout,
         );
-        asked.await.map_or_else(|outcome| outcome, |_| Outcome::accepted())
+        Some(asked.await.map_or_else(|outcome| outcome, |_| Outcome::accepted()))
     }
 
     /// Asks whether a prepared message is committed, in the form that HTTP would answer: success, or 409. Any error means that it
-    /// is not known.
-    pub async fn query_prepared(&self, gid: &str, timeout: Duration) -> Outcome {
+    /// is not known. `None`: it was not asked, for all connections are busy.
+    pub async fn query_prepared(&self, gid: &str, timeout: Duration) -> Option<Outcome> {
+        let _turn = self.turn(timeout).await?;
         let parameters: [&(dyn ToSql + Sync); 1] = [&gid];
         let place: fn(&mut Session) -> &mut Option<Statement> = |session| &mut session.query_prepared;
-        match self
-            .ask("asking whether a message is committed", QUERY_PREPARED, place, &parameters, timeout)
-            .await
-        {
+        let asked =
+            self.ask("asking whether a message is committed", QUERY_PREPARED, place, &parameters, timeout);
+        Some(match asked.await {
             Ok(rows) => match rows.first().map(|row| row.get::<_, &str>(0)) {
                 Some("committed") => Outcome::accepted(),
                 Some("rolled_back") => verdict::of_state(verdict::FAILURE, "rolled back"),
@@ -161,7 +172,13 @@ impl Target {
             },
             // Whatever it raises is no decision.
             Err(outcome) => Outcome { status: None, ..outcome },
-        }
+        })
+    }
+
+    /// Waits for a connection to be free.
+    async fn turn(&self, timeout: Duration) -> Option<SemaphorePermit<'_>> {
+        let patience = CONNECT_WITHIN.max(timeout);
+        tokio::time::timeout(patience, self.pool.turn()).await.ok()?.ok()
     }
 
     async fn ask(
@@ -172,13 +189,6 @@ impl Target {
         parameters: &[&(dyn ToSql + Sync)],
         timeout: Duration,
     ) -> Result<Vec<tokio_postgres::Row>, Outcome> {
-        let patience = CONNECT_WITHIN.max(timeout);
-        let Ok(Ok(_permit)) = tokio::time::timeout(patience, self.pool.turn()).await else {
-            return Err(Outcome::without_answer(
-                Class::Overloaded,
-                format!("all connections to {} are busy", self.name),
-            ));
-        };
         let kept = self.pool.take();
         let was_kept = kept.is_some();
         let mut answer = self.ask_over(kept, what, sql, place, parameters, timeout).await;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use dtm_core::destination::Destination;
+use dtm_core::transaction::Decider;
 use serde::Deserialize;
 use serde_json::{Map, Number, Value, json};
 
@@ -73,11 +73,7 @@ impl TransRequest {
     /// Who is asked whether a prepared message is committed.
     pub fn query_prepared(&self) -> Result<&str, Refusal> {
         let url = self.query_prepared.as_deref().unwrap_or_default();
-        match Destination::parse(url) {
-            Ok(Destination::Http(_)) => Ok(url),
-            Ok(_) => Err(Refusal::bad("query_prepared: it is not http:// or https://")),
-            Err(error) => Err(Refusal::bad(format!("query_prepared: {error}"))),
-        }
+        Decider::parse(url).map(|_| url).map_err(|error| Refusal::bad(error.to_string()))
     }
 
     /// The message that it describes. `with_secrets`: headers may stand for secrets of the relay.

@@ -23,6 +23,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
+use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -175,7 +176,10 @@ async fn connection(stream: TcpStream, tls: Option<TlsAcceptor>, api: Arc<Api>, 
     }
 }
 
-async fn requests(stream: impl AsyncRead + AsyncWrite + Unpin, api: Arc<Api>, stop: CancellationToken) {
+async fn requests(stream: impl AsyncRead + AsyncWrite, api: Arc<Api>, stop: CancellationToken) {
+    let mut stream = Box::pin(TimeoutStream::new(stream));
+    // Who sends requests and reads no answers does not keep a connection for that.
+    stream.as_mut().set_write_timeout_pinned(Some(ARRIVAL));
     let service = service_fn(|request| {
         let api = api.clone();
         async move { Ok::<_, Infallible>(respond(&api, request).await) }

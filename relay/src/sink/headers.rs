@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use dtm_core::options::{HeaderSource, Options};
+use http::Uri;
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::calls::secrets::{Echoes, Secret, Secrets};
@@ -14,6 +15,16 @@ pub enum HeaderProblem {
     /// A header names a secret that the relay's configuration does not have.
     #[error("header {header}: the relay's configuration has no [secret.{name}]")]
     NoSecret {
+        /// The header.
+        header: String,
+        /// The secret.
+        name: String,
+    },
+    /// The configuration does not let the secret of a header be sent there.
+    #[error(
+        "header {header}: the secret {name} may not be sent there: servers of [secret.{name}] does not have it"
+    )]
+    Elsewhere {
         /// The header.
         header: String,
         /// The secret.
@@ -64,6 +75,24 @@ pub fn filled<'a>(
         },
     };
     headers.iter().map(filled).collect()
+}
+
+/// That the secrets among headers may be sent to a URI. `unbound`: also those of which nothing is said.
+pub fn check_servers(
+    headers: &BTreeMap<String, HeaderSource>,
+    secrets: &Secrets,
+    uri: &Uri,
+    unbound: bool,
+) -> Result<(), HeaderProblem> {
+    for (header, source) in headers {
+        if let HeaderSource::Secret(name) = source
+            && let Some(secret) = secrets.get(name)
+            && !(secret.is_for(uri) || unbound && !secret.is_bound())
+        {
+            return Err(HeaderProblem::Elsewhere { header: header.clone(), name: name.clone() });
+        }
+    }
+    Ok(())
 }
 
 /// Headers as HTTP has them.

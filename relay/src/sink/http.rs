@@ -38,6 +38,7 @@ impl HttpSink {
         source: &str,
     ) -> Result<Self, SinkError> {
         let source = cloudevents::attribute("the source", source)?;
+        headers::check_servers(&options.headers, secrets, &uri, true)?;
         let set = headers::of_subscription(options, secrets)?;
         let headers = headers::map(&set)?;
         Ok(HttpSink {

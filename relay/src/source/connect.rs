@@ -26,8 +26,11 @@ const SESSION: &str = "SET search_path = '';
     SET lock_timeout = '10s';
     SET idle_in_transaction_session_timeout = '60s'";
 
-/// What a session is set to in which users' functions run: what they see is what they are used to.
+/// What a session is set to in which users' functions run: what they see is what they are used to. But what was done there counts
+/// as done: a crash must not take it back.
 const TARGET_SESSION: &str = "SET default_transaction_isolation = 'read committed';
+    SELECT pg_catalog.set_config('synchronous_commit', 'local', false)
+    WHERE pg_catalog.current_setting('synchronous_commit') = 'off';
     SET default_transaction_read_only = off;
     SET idle_in_transaction_session_timeout = '60s'";
 

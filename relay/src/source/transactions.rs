@@ -14,11 +14,14 @@ use tokio_postgres::{Row, Statement};
 
 use super::error::SourceError;
 use super::link::Link;
+use crate::calls::schedule::Schedule;
 
 /// Questions of one kind that one statement answers.
 const BATCH: usize = 500;
 /// Bytes of payloads that are held at a time, beside one message whatever its size.
-const HELD: usize = 32 << 20;
+const ROOM: usize = 32 << 20;
+/// While somebody else holds a row: the first pause and the longest.
+const HELD: Schedule = Schedule::exponential(Duration::from_millis(50), PAUSE, None);
 /// After an error that the connection survived.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -87,8 +90,8 @@ impl<Q, A> Ask<Q, A> {
 /// The transactions of one database.
 pub struct Store {
     finds: Ask<String, Option<Found>>,
-    ends: Ask<String, bool>,
-    settlements: Ask<Value, bool>,
+    ends: Ask<String, Stored>,
+    settlements: Ask<Value, Stored>,
     dues: Ask<Wanted, Due>,
     revivals: Ask<String, ()>,
 }
@@ -104,13 +107,27 @@ pub struct Wanted {
     pub busy: Vec<String>,
     /// No more than so many.
     pub most: i32,
+    /// Endpoints that take no more, or not the usual number, and how many they take.
+    pub rooms: Vec<(String, i32)>,
+    /// How many any other endpoint takes.
+    pub usual: i32,
+}
+
+/// What came of an attempt to store something of a transaction.
+enum Stored {
+    /// It is stored.
+    Done,
+    /// The transaction is as it was, but somebody's open transaction holds its row: try again.
+    Held,
+    /// Somebody has changed the transaction's status: what was to be stored is void.
+    Changed,
 }
 
 /// Where what a [`Store`] is asked arrives.
 pub struct Counters {
     finds: mpsc::Receiver<Asked<String, Option<Found>>>,
-    ends: mpsc::Receiver<Asked<String, bool>>,
-    settlements: mpsc::Receiver<Asked<Value, bool>>,
+    ends: mpsc::Receiver<Asked<String, Stored>>,
+    settlements: mpsc::Receiver<Asked<Value, Stored>>,
     dues: mpsc::Receiver<Asked<Wanted, Due>>,
     revivals: mpsc::Receiver<Asked<String, ()>>,
 }
@@ -136,14 +153,29 @@ impl Store {
         self.finds.ask(gid.to_owned()).await
     }
 
-    /// A submitted transaction has succeeded. False: it is not submitted, or somebody holds its row.
+    /// A submitted transaction has succeeded. False: its status has changed. Tries for as long as somebody's open transaction holds
+    /// its row: nothing is called again for that.
     pub async fn succeed(&self, gid: &str) -> bool {
-        self.ends.ask(gid.to_owned()).await
+        let mut tries = 0;
+        loop {
+            match self.ends.ask(gid.to_owned()).await {
+                Stored::Done => return true,
+                Stored::Changed => return false,
+                Stored::Held => held(&mut tries).await,
+            }
+        }
     }
 
-    /// Stores what came of a pass, in the form of dtm.relay_settle. False: it has another status, or somebody holds its row.
+    /// Stores what came of a pass, in the form of dtm.relay_settle; as [`Store::succeed`].
     pub async fn settle(&self, settlement: Value) -> bool {
-        self.settlements.ask(settlement).await
+        let mut tries = 0;
+        loop {
+            match self.settlements.ask(settlement.clone()).await {
+                Stored::Done => return true,
+                Stored::Changed => return false,
+                Stored::Held => held(&mut tries).await,
+            }
+        }
     }
 
     /// What is due.
@@ -155,6 +187,12 @@ impl Store {
     pub async fn revive(&self, endpoint: &str) {
         self.revivals.ask(endpoint.to_owned()).await;
     }
+}
+
+/// Waits before a row that is held is tried again.
+async fn held(tries: &mut u32) {
+    *tries = tries.saturating_add(1);
+    tokio::time::sleep(HELD.delay(*tries, 1.0)).await;
 }
 
 /// Answers a store's questions until a connection fails.
@@ -213,11 +251,12 @@ async fn find(
     let columns = "gid, trans_type, status, branches, payloads, payload_bytes, query_prepared, options, failures, undecidable, waits, known";
     let sql = format!("SELECT {columns} FROM dtm.relay_transactions($1, $2)");
     let mut statement = None;
-    let room = Arc::new(Semaphore::new(HELD));
+    let room = Arc::new(Semaphore::new(ROOM));
     // Those for whose payloads there was no room.
     let mut waiting: Vec<Asked<String, Option<Found>>> = Vec::new();
     loop {
-        let questions = if waiting.is_empty() { next(&mut asked).await } else { std::mem::take(&mut waiting) };
+        let questions =
+            if waiting.is_empty() { next(&mut asked).await } else { std::mem::take(&mut waiting) };
         some(&room).await;
         let gids: Vec<&str> = questions.iter().map(|(gid, _)| gid.as_str()).collect();
         let most = i32::try_from(room.available_permits()).unwrap_or(i32::MAX);
@@ -244,7 +283,7 @@ async fn some(room: &Arc<Semaphore>) {
 
 /// Takes so much, or all where it is not enough for one.
 async fn take(room: &Arc<Semaphore>, bytes: i32) -> OwnedSemaphorePermit {
-    let bytes = usize::try_from(bytes).unwrap_or(0).min(HELD);
+    let bytes = usize::try_from(bytes).unwrap_or(0).min(ROOM);
     match room.clone().acquire_many_owned(u32::try_from(bytes).unwrap_or(u32::MAX)).await {
         Ok(taken) => taken,
         // It is never closed.
@@ -291,13 +330,16 @@ async fn prepared<'a>(
 
 async fn look(link: &Link, mut asked: mpsc::Receiver<Asked<Wanted, Due>>) -> Result<Infallible, SourceError> {
     const WHAT: &str = "looking for transactions that are due";
-    let sql = "SELECT gids, next_in FROM dtm.relay_due_transactions($1, $2, $3, $4)";
+    let sql = "SELECT gids, next_in FROM dtm.relay_due_transactions($1, $2, $3, $4, $5, $6, $7)";
     let mut statement = None;
     loop {
         for (wanted, answers) in next(&mut asked).await {
             let statement = prepared(link, WHAT, sql, &mut statement).await?;
-            let Wanted { shards, own, busy, most } = &wanted;
-            let row = persist_one(link, WHAT, statement, &[shards, own, busy, most]).await?;
+            let Wanted { shards, own, busy, most, rooms, usual } = &wanted;
+            let (endpoints, rooms): (Vec<&str>, Vec<i32>) =
+                rooms.iter().map(|(endpoint, room)| (endpoint.as_str(), *room)).unzip();
+            let parameters: [&(dyn ToSql + Sync); 7] = [shards, own, busy, most, &endpoints, &rooms, usual];
+            let row = persist_one(link, WHAT, statement, &parameters).await?;
             let next_in = row.get::<_, Option<f64>>(1).map(|next| next.max(0.0));
             let next_in = next_in.and_then(|next| Duration::try_from_secs_f64(next).ok());
             let _ = answers.send(Due { gids: row.get(0), next_in });
@@ -305,65 +347,116 @@ async fn look(link: &Link, mut asked: mpsc::Receiver<Asked<Wanted, Due>>) -> Res
     }
 }
 
-/// Answers who asked about a transaction whether it is among these.
-fn tell<Q>(questions: Vec<Asked<Q, bool>>, done: Vec<String>, gid: impl Fn(&Q) -> Option<&str>) {
-    let done: HashSet<String> = done.into_iter().collect();
-    for (question, answers) in questions {
-        let _ = answers.send(gid(&question).is_some_and(|gid| done.contains(gid)));
+/// What a statement that stores answers: the transactions of which it has stored something, and those that are held.
+#[derive(Default)]
+struct Places {
+    stored: HashSet<String>,
+    held: HashSet<String>,
+}
+
+impl Places {
+    fn add(&mut self, row: &Row) {
+        self.stored.extend(row.get::<_, Vec<String>>("stored"));
+        self.held.extend(row.get::<_, Vec<String>>("held"));
+    }
+
+    fn tell<Q>(&self, questions: Vec<Asked<Q, Stored>>, gid: impl Fn(&Q) -> Option<&str>) {
+        for (question, answers) in questions {
+            let is_in = |places: &HashSet<String>| gid(&question).is_some_and(|gid| places.contains(gid));
+            let stored = match (is_in(&self.stored), is_in(&self.held)) {
+                (true, _) => Stored::Done,
+                (false, true) => Stored::Held,
+                (false, false) => Stored::Changed,
+            };
+            let _ = answers.send(stored);
+        }
     }
 }
 
 async fn succeed(
     link: &Link,
-    mut asked: mpsc::Receiver<Asked<String, bool>>,
+    mut asked: mpsc::Receiver<Asked<String, Stored>>,
 ) -> Result<Infallible, SourceError> {
     const WHAT: &str = "ending transactions";
+    let sql = "SELECT stored, held FROM dtm.relay_succeed($1)";
     let mut statement = None;
     loop {
         let questions = next(&mut asked).await;
         let gids: Vec<&str> = questions.iter().map(|(gid, _)| gid.as_str()).collect();
-        let statement = prepared(link, WHAT, "SELECT dtm.relay_succeed($1)", &mut statement).await?;
-        let row = persist_one(link, WHAT, statement, &[&gids]).await?;
-        tell(questions, row.get(0), |gid| Some(gid));
+        let statement = prepared(link, WHAT, sql, &mut statement).await?;
+        let mut places = Places::default();
+        places.add(&persist_one(link, WHAT, statement, &[&gids]).await?);
+        places.tell(questions, |gid| Some(gid));
     }
 }
 
 async fn settle(
     link: &Link,
-    mut asked: mpsc::Receiver<Asked<Value, bool>>,
+    mut asked: mpsc::Receiver<Asked<Value, Stored>>,
 ) -> Result<Infallible, SourceError> {
     const WHAT: &str = "storing what came of transactions";
+    let sql = "SELECT stored, held FROM dtm.relay_settle($1)";
     let mut statement = None;
     loop {
         let questions = next(&mut asked).await;
-        let statement = prepared(link, WHAT, "SELECT dtm.relay_settle($1)", &mut statement).await?;
+        let statement = prepared(link, WHAT, sql, &mut statement).await?;
         let all: Vec<&Value> = questions.iter().map(|(settlement, _)| settlement).collect();
-        let done = match link.query_one(WHAT, statement, &[&Json(all)]).await {
-            Ok(row) => row.get::<_, Vec<String>>(0),
+        let mut places = Places::default();
+        match link.query_one(WHAT, statement, &[&Json(all)]).await {
+            Ok(row) => places.add(&row),
             // One of them may be what the database does not take: it shall not hold up the others.
             Err(error) => {
                 error.tolerate()?;
-                one_by_one(link, statement, &questions).await?
+                one_by_one(link, statement, &questions, &mut places).await?;
             }
-        };
-        tell(questions, done, |settlement| settlement["gid"].as_str());
+        }
+        places.tell(questions, |settlement| settlement["gid"].as_str());
     }
 }
 
 async fn one_by_one(
     link: &Link,
     statement: &Statement,
-    questions: &[Asked<Value, bool>],
-) -> Result<Vec<String>, SourceError> {
-    let mut done = Vec::new();
+    questions: &[Asked<Value, Stored>],
+    places: &mut Places,
+) -> Result<(), SourceError> {
     for (settlement, _) in questions {
-        match link.query_one("storing what came of a transaction", statement, &[&Json([settlement])]).await {
-            Ok(row) => done.extend(row.get::<_, Vec<String>>(0)),
-            Err(error) => error.tolerate()?,
+        let store = async |settlement| {
+            link.query_one("storing what came of a transaction", statement, &[&Json([settlement])]).await
+        };
+        let mut stored = store(settlement).await;
+        if let Err(error) = stored {
+            error.tolerate()?;
+            // What services answer need not be text in the database's encoding.
+            stored = store(&in_ascii(settlement)).await;
+        }
+        match stored {
+            Ok(row) => places.add(&row),
+            Err(error) => {
+                error.tolerate()?;
+                places.held.extend(settlement["gid"].as_str().map(str::to_owned));
+            }
         }
     }
     tokio::time::sleep(PAUSE).await;
-    Ok(done)
+    Ok(())
+}
+
+/// The same with errors that every database can store.
+fn in_ascii(settlement: &Value) -> Value {
+    let mut settlement = settlement.clone();
+    let ascii = |text: &mut Value| {
+        if let Value::String(text) = text {
+            *text = text.replace(|c: char| !c.is_ascii() || c.is_control(), "?");
+        }
+    };
+    for name in ["error", "reason"] {
+        settlement.get_mut(name).map(ascii);
+    }
+    for branch in settlement.get_mut("branches").and_then(Value::as_array_mut).into_iter().flatten() {
+        branch.get_mut("last_error").map(ascii);
+    }
+    settlement
 }
 
 async fn revive(

@@ -214,13 +214,14 @@ async fn a_topic_is_called_by_all_that_are_subscribed_to_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_that_was_first_made_before_barriers_are_forgotten_is_not_repeated_unless_somebody_decides_so() {
+async fn a_call_that_was_first_made_before_barriers_are_forgotten_is_not_repeated_unless_somebody_decides_so()
+{
     let (cluster, client) = shop().await;
     let mut receiver = Receiver::start().await;
     let url = receiver.url();
     receiver.stop();
     client.batch_execute("ALTER DATABASE shop SET dtm.barriers_kept = '2s'").await.expect("a setting");
-    let mut relay = Relay::start(&cluster.url("shop"));
+    let relay = Relay::start(&cluster.url("shop"));
     let sql = format!(
         r#"SELECT dtm.msg_send('[{{"action": "{url}", "payload": 1}}]', 'old', '{{"retry_interval": 0.05}}')"#
     );
@@ -248,7 +249,8 @@ async fn a_topic_may_have_hundreds_of_subscribers_but_not_any_number() {
     let sql = r#"SELECT dtm.msg_send('[{"action": "topic://paid", "payload": [1]}]', 't')"#;
     client.batch_execute(sql).await.expect("msg_send");
     status_is(&client, "t", "succeed").await;
-    let called = targets(&receiver.received());
+    let received = receiver.received();
+    let called = targets(&received);
     let branches: BTreeSet<&str> = called.iter().filter_map(|url| url.split("branch_id=").nth(1)).collect();
     assert_eq!((called.len(), branches.len()), (120, 120), "each is called once, as a branch of its own");
     let sql = "INSERT INTO dtm.msg_topics (topic, url) SELECT 'paid', 'http://x/' || n FROM generate_series(121, 1001) n";

@@ -177,12 +177,13 @@ async fn check_refuses_a_target_that_forgets_before_its_calls_are_given_up() {
     let check = || relay::run(&["check", "--config", &file.path().display().to_string()]);
     let (fine, said) = check();
     assert!(fine, "{said}");
-    let settings =
-        "ALTER DATABASE stock SET dtm.barriers_kept = '15d'; ALTER DATABASE stock SET dtm.receipts_kept = '6d'";
+    let settings = "ALTER DATABASE stock SET dtm.barriers_kept = '15d'; ALTER DATABASE stock SET dtm.receipts_kept = '6d'";
     client.batch_execute(settings).await.expect("settings");
     let (fine, said) = check();
     assert!(
-        !fine && said.contains("kept by postgres.stock for 1296000 s") && said.contains("\"patient\" may try"),
+        !fine
+            && said.contains("kept by postgres.stock for 1296000 s")
+            && said.contains("\"patient\" may try"),
         "{said}"
     );
 }

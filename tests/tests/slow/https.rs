@@ -305,3 +305,31 @@ async fn a_subscription_that_names_a_missing_secret_is_not_delivered_and_the_log
     assert!(receiver.received().iter().all(|request| request.header("authorization") == "Bearer abc"));
     assert!(relay.terminate().await.success());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_sends_a_secret_to_the_servers_that_the_configuration_names_and_nowhere_else() {
+    let (cluster, client) = shop().await;
+    let (receiver, stranger) = (Receiver::start().await, Receiver::start().await);
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("token");
+    std::fs::write(&file, TOKEN).expect("a file");
+    let server = receiver.url().trim_end_matches("/events").to_owned();
+    let settings = format!("[secret.token]\nfile = \"{}\"\nservers = [\"{server}\"]", file.display());
+    let mut relay = Relay::start_configured(&configuration(&settings, &cluster));
+    for (gid, url) in [("theirs", receiver.url()), ("strange", stranger.url())] {
+        let options = r#"{"branch_headers": {"authorization": "secret:token"}}"#;
+        let sql =
+            format!(r#"SELECT dtm.msg_send('[{{"action": "{url}", "payload": 1}}]', '{gid}', '{options}')"#);
+        client.batch_execute(&sql).await.expect("msg_send");
+    }
+    receiver.wait_for(1).await;
+    assert_eq!(receiver.received()[0].header("authorization"), TOKEN);
+    let refused = process::eventually(DEADLINE, || async {
+        let sql = "SELECT last_error FROM dtm.transactions WHERE gid = 'strange'";
+        let error: Option<String> = client.query_one(sql, &[]).await.expect("a transaction").get(0);
+        error.filter(|error| error.contains("[secret.token]"))
+    });
+    refused.await.expect("an error that says why");
+    assert!(relay.terminate().await.success());
+    assert_eq!(stranger.count(), 0);
+}

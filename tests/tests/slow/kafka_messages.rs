@@ -44,7 +44,10 @@ async fn a_step_is_a_record_with_its_key_its_headers_and_the_names_of_the_call()
     let (cluster, client) = shop().await;
     let _relay = Relay::start_configured(&configured(&cluster, "shop", &broker.bootstrap(), ""));
     send(&client, 1).await;
-    client.batch_execute(&format!("BEGIN; SELECT dtm.msg_send('{}', 'back'); ROLLBACK", steps(2))).await.expect("SQL");
+    client
+        .batch_execute(&format!("BEGIN; SELECT dtm.msg_send('{}', 'back'); ROLLBACK", steps(2)))
+        .await
+        .expect("SQL");
     wait_for_all(&client).await;
     let records = Log::of(&broker.bootstrap(), &[TOPIC], Isolation::Committed).read().await;
     assert_eq!(records.len(), 2, "what was rolled back is not sent");
