@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: PostgreSQL
 //! Which headers an event may carry.
 
+/// The longest key that an event, or a step that is a record, may have beside them, in bytes.
+pub const KEY_BYTES_MAX: usize = 1_024;
+
 /// The most that the names and values of one event's headers may add up to, in bytes.
 pub const HEADERS_BYTES_MAX: usize = 16 * 1024;
 

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use crate::destination::{Destination, DestinationError};
 use crate::duration;
+use crate::headers::{HEADERS_BYTES_MAX, KEY_BYTES_MAX};
 use crate::names::is_name;
 use crate::options::{HeaderSource, headers};
 
@@ -97,7 +98,10 @@ pub enum TransactionError {
         error: DestinationError,
     },
     /// A key or headers where they mean nothing, or of a wrong shape.
-    #[error("step {step}: {name} is a text for key, an object of strings for headers, and only for kafka://")]
+    #[error(
+        "step {step}: {name} is a text of at most {KEY_BYTES_MAX} bytes for key, an object of strings, \
+         together at most {HEADERS_BYTES_MAX} bytes, for headers, and only for kafka://"
+    )]
     Record {
         /// From 1 on.
         step: usize,
@@ -142,8 +146,8 @@ fn check_step(step: usize, object: &Map<String, Value>) -> Result<(), Transactio
     for (name, value) in object {
         match name.as_str() {
             "action" | "payload" => {}
-            "key" if is_record && value.is_string() => {}
-            "headers" if is_record && headers(value).is_some() => {}
+            "key" if is_record && value.as_str().is_some_and(|key| key.len() <= KEY_BYTES_MAX) => {}
+            "headers" if is_record && headers(value).is_some_and(|_| is_small(value)) => {}
             "key" => return Err(TransactionError::Record { step, name: "key" }),
             "headers" => return Err(TransactionError::Record { step, name: "headers" }),
             _ => return Err(TransactionError::Member { step, name: name.clone() }),
@@ -227,7 +231,7 @@ impl Options {
             "request_timeout" => self.request_timeout = some(value, hour)?,
             "retry_interval" => self.retry_interval = some(value, hour)?,
             "retry_limit" => self.retry_limit = Some(u32::try_from(value.as_u64()?).ok()?),
-            "branch_headers" => self.branch_headers = headers(value)?,
+            "branch_headers" => self.branch_headers = headers(value).filter(|_| is_small(value))?,
             "success_status" => {
                 self.strict_success = match value.as_str()? {
                     "2xx" => false,
@@ -240,6 +244,12 @@ impl Options {
         }
         Some(true)
     }
+}
+
+/// Whether names and values of headers have no more bytes than an event's may have.
+fn is_small(headers: &Value) -> bool {
+    let bytes = |(name, value): (&String, &Value)| name.len() + value.as_str().map_or(0, str::len);
+    headers.as_object().is_some_and(|all| all.iter().map(bytes).sum::<usize>() <= HEADERS_BYTES_MAX)
 }
 
 fn up_to(value: &Value, most: Duration) -> Option<Duration> {
@@ -283,6 +293,7 @@ mod tests {
             (json!([{"action": "topic://a b"}]), E::Action { step: 1, error: DestinationError::Malformed }),
             (json!([{"action": "http://h/", "key": "a"}]), E::Record { step: 1, name: "key" }),
             (json!([{"action": "kafka://m/t", "headers": 1}]), E::Record { step: 1, name: "headers" }),
+            (json!([{"action": "kafka://m/t", "key": "k".repeat(1_025)}]), E::Record { step: 1, name: "key" }),
             (json!([{"action": "http://h/", "data": 1}]), E::Member { step: 1, name: "data".into() }),
         ] {
             assert_eq!(check_steps(&bad), Err(error), "{bad}");
@@ -321,6 +332,7 @@ mod tests {
             json!({"concurrent": "yes"}),
             json!([]),
             json!({"x": null}),
+            json!({"branch_headers": {"x-a": "b".repeat(20_000)}}),
             json!({"retry_interval": "0s"}),
             json!({"request_timeout": "0ms"}),
         ] {

@@ -1,15 +1,12 @@
 // SPDX-License-Identifier: PostgreSQL
 //! One event on its way into the log: every rule for what may be published.
 
-use dtm_core::headers::{self, HEADERS_BYTES_MAX, HeaderError};
+use dtm_core::headers::{self, HEADERS_BYTES_MAX, HeaderError, KEY_BYTES_MAX};
 use dtm_core::topic;
 use pgrx::prelude::*;
 
 use crate::refusal::{Refusal, quoted};
 use crate::{settings, varlena};
-
-/// The longest key, in bytes.
-const KEY_BYTES_MAX: usize = 1_024;
 
 /// An event that was checked, as values of the log's columns.
 #[derive(Clone, Copy, Debug)]

@@ -26,7 +26,8 @@ fn new_gid() -> String {
 }
 
 #[pg_extern]
-fn check_gid(gid: Option<&str>) -> Result<(), ErrorReport> {
+fn check_gid(gid: Option<&[u8]>) -> Result<(), ErrorReport> {
+    let gid = gid.map(|gid| text(gid, "gid")).transpose()?;
     let found = gid.unwrap_or_default();
     if (1..=GID_CHARS_MAX).contains(&found.chars().count())
         && !found.chars().any(|c| c.is_control() || c == ';')
@@ -38,32 +39,48 @@ fn check_gid(gid: Option<&str>) -> Result<(), ErrorReport> {
     Err(Refusal::argument(message, detail, "SELECT dtm.new_gid() makes one.").into())
 }
 
+/// What came as bytes in UTF-8. A database of the encoding SQL_ASCII holds texts that are none.
+fn text<'a>(bytes: &'a [u8], what: &str) -> Result<&'a str, Refusal> {
+    std::str::from_utf8(bytes).map_err(|error| {
+        Refusal::new(
+            PgSqlErrorCode::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE,
+            format!("the {what} is no text in UTF-8"),
+            format!("At byte {}: {error}.", error.valid_up_to()),
+            "Encode it as UTF-8.",
+        )
+    })
+}
+
+/// JSON as the database has it; what it takes for JSON and this does not, such as a number beyond all bounds, is a refusal.
+fn json(bytes: Option<&[u8]>, what: &str) -> Result<serde_json::Value, Refusal> {
+    let Some(bytes) = bytes else { return Ok(serde_json::Value::Null) };
+    serde_json::from_str(text(bytes, what)?).map_err(|error| {
+        let message = format!("the {what} cannot be read");
+        Refusal::argument(message, format!("{error}."), "Pass less deeply nested JSON with ordinary numbers.")
+    })
+}
+
 #[pg_extern]
-fn check_steps(steps: Option<pgrx::JsonB>) -> Result<(), ErrorReport> {
-    let json = steps.map_or(serde_json::Value::Null, |steps| steps.0);
-    transaction::check_steps(&json).map_err(|error| wrong_steps(error).into())
+fn check_steps(steps: Option<&[u8]>) -> Result<(), ErrorReport> {
+    transaction::check_steps(&json(steps, "steps")?).map_err(|error| wrong_steps(error).into())
 }
 
 /// Checks what a message topic's subscriber is called by.
 #[pg_extern]
-fn check_action(action: &str) -> Result<(), ErrorReport> {
-    match Action::parse(action) {
-        Ok(Action::Call(_)) => Ok(()),
-        Ok(Action::Topic(_)) => {
-            let detail = "A message topic is subscribed to another one.";
-            Err(Refusal::argument("wrong subscriber of a message topic", detail, TOPICS_HINT).into())
-        }
-        Err(error) => {
-            let detail = format!("The url of a subscriber: {error}.");
-            Err(Refusal::argument("wrong subscriber of a message topic", detail, TOPICS_HINT).into())
-        }
-    }
+fn check_action(action: &[u8]) -> Result<(), ErrorReport> {
+    let detail = match Action::parse(text(action, "url of a subscriber")?) {
+        Ok(Action::Call(_)) => return Ok(()),
+        Ok(Action::Topic(_)) => "A message topic is subscribed to another one.".to_owned(),
+        Err(error) => format!("The url of a subscriber: {error}."),
+    };
+    Err(Refusal::argument("wrong subscriber of a message topic", detail, TOPICS_HINT).into())
 }
 
 /// Checks who is asked whether a prepared message is committed.
 #[pg_extern]
-fn check_query_prepared(query_prepared: Option<&str>) -> Result<(), ErrorReport> {
-    Decider::parse(query_prepared.unwrap_or_default()).map(drop).map_err(|error| {
+fn check_query_prepared(query_prepared: Option<&[u8]>) -> Result<(), ErrorReport> {
+    let query_prepared = text(query_prepared.unwrap_or_default(), "query_prepared")?;
+    Decider::parse(query_prepared).map(drop).map_err(|error| {
         let message = "a prepared message needs somebody to be asked whether it is committed";
         let hint = "Pass a URL that answers as DTM's query-prepared does, or postgres://TARGET, without credentials.";
         Refusal::argument(message, format!("{error}."), hint).into()
@@ -84,11 +101,10 @@ fn wrong_steps(error: TransactionError) -> Refusal {
 
 /// Checks options; answers what of them concerns the database, in seconds.
 #[pg_extern]
-fn check_transaction_options(
-    options: Option<pgrx::JsonB>,
+fn read_transaction_options(
+    options: Option<&[u8]>,
 ) -> Result<TableIterator<'static, (name!(delay, f64), name!(timeout_to_fail, f64))>, ErrorReport> {
-    let json = options.map_or(serde_json::Value::Null, |options| options.0);
-    let options = Options::from_json(&json).map_err(|error| {
+    let options = Options::from_json(&json(options, "options")?).map_err(|error| {
         let hint = format!("Options are: {OPTIONS}.");
         Refusal::argument("wrong options of a transaction", format!("{error}."), hint)
     })?;

@@ -137,6 +137,9 @@ BEGIN
                 HINT = 'A dump does not have these grants: repeat them in a database that is restored.';
         END IF;
         ALTER SEQUENCE dtm_barrier.barrier_seq AS bigint INCREMENT 1 NO MAXVALUE NO CYCLE;
+        PERFORM setval('dtm_barrier.barrier_seq', b.greatest) FROM (
+            SELECT max(id) AS greatest FROM dtm_barrier.barrier) b, dtm_barrier.barrier_seq s
+        WHERE b.greatest >= s.last_value;
         ALTER TABLE dtm_barrier.barrier
             ALTER id SET DEFAULT nextval('dtm_barrier.barrier_seq'),
             ALTER create_time SET DEFAULT now(), ALTER update_time SET DEFAULT now();

@@ -47,7 +47,8 @@ LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE AS $$
 BEGIN
     IF dtm.barrier(trans_type, gid, branch_id, op) THEN
         EXECUTE pg_catalog.format('SELECT %I.%I($1, $2, $3, $4)', function_schema, function_name)
-        USING gid, branch_id, op, payload::pg_catalog.jsonb;
+        -- A function that is strict would not be called for a null.
+        USING gid, branch_id, op, coalesce(payload, 'null')::pg_catalog.jsonb;
     END IF;
 END
 $$;

@@ -67,7 +67,8 @@ BEGIN
 END
 $$;
 
--- Tries now what waits for its next attempt. One that stood still begins its attempts anew, however old they are.
+-- Tries now what waits for its next attempt, but nothing before its time: no delayed message, and nobody is asked about a prepared
+-- one whose business transaction may not have begun. One that stood still begins its attempts anew, however old they are.
 CREATE FUNCTION dtm.retry_now(gid text) RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -77,7 +78,9 @@ BEGIN
     WHERE t.gid = retry_now.gid AND t.stuck_since IS NOT NULL AND b.gid = t.gid AND b.status = 'prepared';
     UPDATE dtm.transaction t SET failures = 0, stuck_since = NULL
     WHERE t.gid = retry_now.gid AND (t.failures <> 0 OR t.stuck_since IS NOT NULL);
-    INSERT INTO dtm.due AS d (gid, due_at) VALUES (retry_now.gid, clock_timestamp())
+    INSERT INTO dtm.due AS d (gid, due_at)
+    SELECT t.gid, greatest(clock_timestamp(), dtm.earliest_attempt(t.status, t.created_at, t.options))
+    FROM dtm.transaction t WHERE t.gid = retry_now.gid
     ON CONFLICT ON CONSTRAINT due_pkey DO UPDATE SET due_at = excluded.due_at, endpoint = NULL;
 END
 $$;

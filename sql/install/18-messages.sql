@@ -4,16 +4,41 @@
 
 CREATE FUNCTION dtm.new_gid() RETURNS text
 LANGUAGE c VOLATILE PARALLEL SAFE AS 'MODULE_PATHNAME', 'new_gid_wrapper';
-CREATE FUNCTION dtm.check_gid(gid text) RETURNS void
+-- Checks in Rust take texts in UTF-8, whatever the database's encoding is.
+CREATE FUNCTION dtm.check_gid(gid bytea) RETURNS void
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_gid_wrapper';
-CREATE FUNCTION dtm.check_steps(steps jsonb) RETURNS void
+CREATE FUNCTION dtm.check_steps(steps bytea) RETURNS void
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_steps_wrapper';
-CREATE FUNCTION dtm.check_action(action text) RETURNS void
+CREATE FUNCTION dtm.check_action(action bytea) RETURNS void
 LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'check_action_wrapper';
-CREATE FUNCTION dtm.check_query_prepared(query_prepared text) RETURNS void
+CREATE FUNCTION dtm.check_query_prepared(query_prepared bytea) RETURNS void
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_query_prepared_wrapper';
+CREATE FUNCTION dtm.read_transaction_options(options bytea) RETURNS TABLE (delay float8, timeout_to_fail float8)
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'read_transaction_options_wrapper';
 CREATE FUNCTION dtm.check_transaction_options(options jsonb) RETURNS TABLE (delay float8, timeout_to_fail float8)
-LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_transaction_options_wrapper';
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT o.delay, o.timeout_to_fail FROM dtm.read_transaction_options(convert_to(options::text, 'UTF8')) o;
+END;
+
+-- Steps without their payloads, which are whatever the database takes for JSON.
+CREATE FUNCTION dtm.bare_steps(steps jsonb) RETURNS bytea
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT convert_to(CASE jsonb_typeof(steps)
+        WHEN 'array' THEN (
+            SELECT coalesce(jsonb_agg(CASE jsonb_typeof(s.step) WHEN 'object' THEN s.step - 'payload' ELSE s.step END ORDER BY s.n), '[]')
+            FROM jsonb_array_elements(steps) WITH ORDINALITY AS s (step, n))
+        ELSE steps END::text, 'UTF8');
+END;
+
+-- Not before then is anything called: a delayed message's services, or who is asked about a prepared one.
+CREATE FUNCTION dtm.earliest_attempt(status text, created_at timestamptz, options jsonb) RETURNS timestamptz
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT created_at + make_interval(secs => CASE status WHEN 'prepared' THEN o.timeout_to_fail ELSE o.delay END)
+    FROM dtm.check_transaction_options(options) o;
+END;
 
 -- Who gets what is sent to topic://NAME: DTM's message topics. They have nothing to do with subscriptions.
 CREATE TABLE dtm.msg_topics (
@@ -50,7 +75,7 @@ BEGIN
             DETAIL = format('The action is %L.', lonely),
             HINT = 'Insert its subscribers into dtm.msg_topics first.';
     END IF;
-    PERFORM dtm.check_action(m.url) FROM dtm.msg_topics m
+    PERFORM dtm.check_action(convert_to(m.url, 'UTF8')) FROM dtm.msg_topics m
     WHERE 'topic://' || m.topic IN (SELECT s.step ->> 'action' FROM jsonb_array_elements(steps) AS s (step));
     SELECT jsonb_agg((s.step - 'payload' - 'action') || jsonb_build_object(
                'branch_id', dtm.branch_number(s.n) || CASE WHEN t.among > 1 THEN '-' || dtm.branch_number(t.nth) ELSE '' END,
@@ -85,21 +110,39 @@ DECLARE
     size bigint;
     wait float8;
 BEGIN
-    PERFORM dtm.check_gid(gid);
-    PERFORM dtm.check_steps(steps);
+    PERFORM dtm.check_gid(convert_to(gid, 'UTF8'));
+    PERFORM dtm.check_steps(dtm.bare_steps(steps));
     SELECT * INTO known FROM dtm.check_transaction_options(options);
     SELECT * INTO expanded FROM dtm.branches_of_steps(steps, bodies);
-    SELECT coalesce(sum(length(p)), 0) INTO size FROM unnest(expanded.payloads) AS p;
+    SELECT coalesce(sum(length(p)), 0) + length(expanded.branches::text) + length(options::text) INTO size
+    FROM unnest(expanded.payloads) AS p;
     IF size > pg_size_bytes(current_setting('dtm.max_payload')) THEN
         RAISE EXCEPTION USING
             ERRCODE = 'program_limit_exceeded',
-            MESSAGE = 'the payloads are too large',
-            DETAIL = format('Together they have %s bytes; dtm.max_payload is %s.', size, current_setting('dtm.max_payload')),
+            MESSAGE = 'the message is too large',
+            DETAIL = format('With payloads, actions and options it has %s bytes; dtm.max_payload is %s.',
+                            size, current_setting('dtm.max_payload')),
             HINT = 'Store the bodies elsewhere and send references to them.';
+    END IF;
+    IF status = 'prepared' AND make_interval(secs => known.timeout_to_fail) >= dtm.barriers_kept() / 2 THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'invalid_parameter_value',
+            MESSAGE = 'nobody would ever be asked about this message',
+            DETAIL = format('timeout_to_fail is %s, and after half of dtm.barriers_kept (%s) its barrier could be forgotten.',
+                            make_interval(secs => known.timeout_to_fail), dtm.barriers_kept()),
+            HINT = 'Make timeout_to_fail shorter: a business transaction takes seconds.';
     END IF;
     INSERT INTO dtm.transaction (gid, trans_type, status, branches, payloads, payload_bytes, query_prepared, options)
     VALUES (insert_message.gid, 'msg', insert_message.status, expanded.branches, expanded.payloads, size,
-            insert_message.query_prepared, insert_message.options);
+            insert_message.query_prepared, insert_message.options)
+    ON CONFLICT ON CONSTRAINT transaction_pkey DO NOTHING;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'unique_violation',
+            MESSAGE = 'there is a transaction of this gid',
+            DETAIL = format('The gid is %s.', quote_literal(gid)),
+            HINT = 'If this is a retry after a COMMIT whose answer was lost, that was committed: do not repeat its work.';
+    END IF;
     wait := CASE status WHEN 'prepared' THEN known.timeout_to_fail ELSE known.delay END;
     IF wait > 0 THEN
         INSERT INTO dtm.due (gid, due_at) VALUES (insert_message.gid, clock_timestamp() + make_interval(secs => wait));
@@ -125,7 +168,7 @@ COMMENT ON FUNCTION dtm.msg_send(jsonb, text, jsonb) IS
 CREATE FUNCTION dtm.msg_prepare(gid text, steps jsonb, query_prepared text, options jsonb DEFAULT '{}') RETURNS void
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    PERFORM dtm.check_query_prepared(query_prepared);
+    PERFORM dtm.check_query_prepared(convert_to(query_prepared, 'UTF8'));
     PERFORM dtm.insert_message(gid, 'prepared', steps, NULL, query_prepared, options);
 END
 $$;

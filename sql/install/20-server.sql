@@ -74,27 +74,16 @@ BEGIN ATOMIC
     FROM dtm.transactions t WHERE t.gid = server_progress.gid;
 END;
 
--- Not before then is anything called: a delayed message's services, or who is asked about a prepared one.
-CREATE FUNCTION dtm.server_earliest(status text, created_at timestamptz, options jsonb) RETURNS timestamptz
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-    SELECT created_at + make_interval(secs => CASE status WHEN 'prepared' THEN o.timeout_to_fail ELSE o.delay END)
-    FROM dtm.check_transaction_options(options) o;
-END;
-
 -- Tries now what waits for its next attempt, but nothing before its time. False: there is no such transaction.
 CREATE FUNCTION dtm.server_retry(gid text) RETURNS boolean
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    old dtm.transaction;
+    old text := dtm.locked_status(gid);
 BEGIN
-    SELECT * INTO old FROM dtm.transaction t WHERE t.gid = server_retry.gid FOR UPDATE;
-    IF old.status IN ('prepared', 'submitted', 'aborting') THEN
-        IF dtm.server_earliest(old.status, old.created_at, old.options) <= clock_timestamp() THEN
-            PERFORM dtm.retry_now(gid);
-        END IF;
+    IF old IN ('prepared', 'submitted', 'aborting') THEN
+        PERFORM dtm.retry_now(gid);
     END IF;
-    RETURN old.gid IS NOT NULL;
+    RETURN old IS NOT NULL;
 END
 $$;
 
@@ -107,7 +96,7 @@ BEGIN
     WITH late AS MATERIALIZED (
         SELECT d.gid FROM dtm.due d JOIN dtm.transaction t ON t.gid = d.gid
         WHERE d.due_at > clock_timestamp() + later_than
-          AND dtm.server_earliest(t.status, t.created_at, t.options) <= clock_timestamp()
+          AND dtm.earliest_attempt(t.status, t.created_at, t.options) <= clock_timestamp()
         ORDER BY d.due_at LIMIT max_rows FOR UPDATE OF d SKIP LOCKED
     )
     UPDATE dtm.due d SET due_at = clock_timestamp(), endpoint = NULL FROM late WHERE d.gid = late.gid;

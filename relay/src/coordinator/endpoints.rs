@@ -166,7 +166,7 @@ mod tests {
         endpoints.lets_pass(endpoint, gid, now)
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_service_that_does_not_answer_takes_no_more_than_its_share() {
         let endpoints = Endpoints::default();
         let mut held = Vec::new();

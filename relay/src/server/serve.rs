@@ -39,7 +39,7 @@ use crate::source::dtm_api::Transactions;
 use crate::source::error::SourceError;
 
 /// Connections at once; the next ones wait to be accepted.
-const CONNECTIONS_MAX: usize = 256;
+const CONNECTIONS_MAX: usize = 1_024;
 /// For a TLS handshake, for a request's head (a connection that is kept waits no longer for the next one), and for a body.
 const ARRIVAL: Duration = Duration::from_secs(30);
 /// For doing what is asked for: longer than a client is kept waiting for a result.

@@ -88,6 +88,29 @@ async fn a_message_is_committed_or_never_will_be_and_an_open_transaction_is_not_
     assert_eq!(answer(&client, "dtm.query_prepared('open')").await, "committed");
     client.batch_execute("BEGIN READ ONLY").await.expect("BEGIN");
     assert_eq!(answer(&client, "dtm.query_prepared('other')").await, "25006", "as on a standby");
+    client.batch_execute("ROLLBACK; BEGIN; SELECT dtm.msg_barrier('own')").await.expect("a message");
+    assert_eq!(answer(&client, "dtm.query_prepared('own')").await, "25001", "it may still be rolled back");
+}
+
+#[tokio::test]
+async fn what_was_told_of_a_message_survives_a_crash_also_where_commits_are_asynchronous() {
+    let asynchronous = [("synchronous_commit", "off"), ("wal_writer_delay", "10s")];
+    let builder =
+        asynchronous.iter().fold(Cluster::builder(), |builder, (name, value)| builder.config(name, value));
+    let mut cluster = builder.start().await;
+    cluster.create_database("shop").await;
+    let client = cluster.connect("shop").await;
+    client.batch_execute("CREATE TABLE orders (gid text); CHECKPOINT").await.expect("a table");
+    let business = "BEGIN; SELECT dtm.msg_barrier('done'); INSERT INTO orders VALUES ('done'); COMMIT";
+    client.batch_execute(business).await.expect("a business transaction");
+    assert_eq!(answer(&client, "dtm.query_prepared('done')").await, "committed");
+    assert_eq!(answer(&client, "dtm.query_prepared('never')").await, "rolled_back");
+    cluster.kill9().await;
+    cluster.start().await;
+    let client = cluster.connect("shop").await;
+    assert_eq!(answer(&client, "SELECT count(*) FROM orders").await, "1");
+    assert_eq!(answer(&client, "dtm.query_prepared('done')").await, "committed");
+    assert_eq!(answer(&client, "dtm.msg_barrier('never')").await, "23505");
 }
 
 #[tokio::test]

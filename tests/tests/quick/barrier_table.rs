@@ -60,14 +60,21 @@ async fn dtms_table_is_taken_over_and_its_owner_goes_on_writing_and_can_change_n
     let (admin, svc) = database_of_svc(&cluster, "shop").await;
     svc.batch_execute(DTM).await.expect("DTM's table");
     svc.batch_execute("GRANT ALL ON dtm_barrier.barrier TO other WITH GRANT OPTION").await.expect("GRANT");
+    let limits = "GRANT ALL ON dtm_barrier.barrier_seq TO other; ALTER TABLE dtm_barrier.barrier ALTER id DROP DEFAULT;
+                  ALTER SEQUENCE dtm_barrier.barrier_seq MAXVALUE 3 CYCLE";
     svc.batch_execute(WRITE).await.expect("a row");
+    svc.batch_execute(limits).await.expect("a sequence that comes round");
     admin.batch_execute("CREATE EXTENSION pg_dtm").await.expect("CREATE EXTENSION");
     assert_eq!(count(&admin, CALL).await, 0, "the row counts");
     svc.batch_execute(&WRITE.replace("'01', 'try', '01'", "'02', 'try', '01'"))
         .await
         .expect("a client of DTM's writes");
     assert_eq!(count(&svc, "SELECT count(*) FROM dtm_barrier.barrier").await, 2);
+    let many =
+        "SELECT count(*) FROM generate_series(1, 5) n WHERE dtm.barrier('tcc', 'many', n::text, 'try')";
+    assert_eq!(count(&admin, many).await, 5);
     let other = cluster.connect_as("other", "shop").await;
+    assert_eq!(code(&other, "SELECT setval('dtm_barrier.barrier_seq', 1)").await, "42501");
     for client in [&svc, &other] {
         for sql in [
             "CREATE TRIGGER t BEFORE INSERT ON dtm_barrier.barrier EXECUTE FUNCTION suppress_redundant_updates_trigger()",
@@ -108,6 +115,8 @@ async fn a_table_that_could_run_somebody_elses_code_is_refused() {
         "ALTER TABLE dtm_barrier.barrier ADD COLUMN more text GENERATED ALWAYS AS (gid) STORED",
         "ALTER TABLE dtm_barrier.barrier ALTER gid TYPE text",
         "ALTER TABLE dtm_barrier.barrier DROP CONSTRAINT uniq_barrier",
+        "CREATE UNIQUE INDEX barrier_create_time ON dtm_barrier.barrier (create_time)",
+        "ALTER TABLE dtm_barrier.barrier ALTER gid TYPE varchar(128) COLLATE \"C\"",
         "ALTER TABLE dtm_barrier.barrier SET UNLOGGED",
         "DROP TABLE dtm_barrier.barrier; CREATE VIEW dtm_barrier.barrier AS SELECT mine.f()",
         "ALTER TABLE dtm_barrier.barrier ALTER id DROP DEFAULT; DROP SEQUENCE dtm_barrier.barrier_seq",

@@ -267,23 +267,87 @@ async fn one_that_nobody_can_decide_any_more_stands_still_until_somebody_does() 
     client.batch_execute("ALTER DATABASE shop SET dtm.barriers_kept = '1s'").await.expect("a setting");
     let mut relay = Relay::start(&cluster.url("shop"));
     let sql = format!(
-        "SELECT dtm.msg_prepare('old', '[{{\"action\": \"{0}\", \"payload\": 1}}]', '{0}', '{{\"timeout_to_fail\": 0.6}}');
-         SELECT dtm.msg_send('[{{\"action\": \"http://127.0.0.1:1/\"}}]', 'limited', '{{\"retry_limit\": 2, \"retry_interval\": 0.01}}')",
+        "SELECT dtm.msg_prepare('old', '[{{\"action\": \"{0}\", \"payload\": 1}}]', '{0}', '{{\"timeout_to_fail\": 0.6}}')",
         receiver.url()
     );
     client.batch_execute(&sql).await.expect("msg_prepare");
-    for gid in ["old", "limited"] {
-        let sql = format!("SELECT (stuck_since IS NOT NULL)::text FROM dtm.transactions WHERE gid = '{gid}'");
-        wait_for(&client, &sql, "true").await;
-    }
+    wait_for(&client, "SELECT (stuck_since IS NOT NULL)::text FROM dtm.transactions", "true").await;
     status_is(&client, "old", "prepared").await;
     assert_eq!(receiver.count(), 0, "nobody is asked");
     relay.wait_for_log("stands still").await;
     client.batch_execute("SELECT dtm.msg_submit('old')").await.expect("msg_submit");
     status_is(&client, "old", "succeed").await;
-    client.batch_execute("SELECT dtm.retry_now('limited')").await.expect("retry_now");
-    wait_for(&client, "SELECT attempts::text FROM dtm.branches WHERE gid = 'limited'", "3").await;
     assert!(relay.terminate().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_retry_limit_a_message_stands_still_and_begins_anew_when_somebody_says_so() {
+    let (cluster, client) = shop().await;
+    let receiver = Receiver::start_with(|_| Reply::status(500)).await;
+    let _relay = Relay::start(&cluster.url("shop"));
+    let sql = format!(
+        r#"SELECT dtm.msg_send('[{{"action": "{}"}}]', 'limited', '{{"retry_limit": 2, "retry_interval": 0.01}}')"#,
+        receiver.url()
+    );
+    client.batch_execute(&sql).await.expect("msg_send");
+    let stuck = "SELECT (stuck_since IS NOT NULL)::text FROM dtm.transactions";
+    for calls in [2, 4] {
+        wait_for(&client, stuck, "true").await;
+        wait_for(&client, "SELECT attempts::text FROM dtm.branches", "2").await;
+        assert_eq!(receiver.count(), calls);
+        client.batch_execute("SELECT dtm.retry_now('limited')").await.expect("retry_now");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn somebodys_open_transaction_holds_up_the_end_of_a_message_and_repeats_no_call() {
+    let (cluster, client) = shop().await;
+    let receiver = Receiver::start_with(|_| Reply::slow(200, Duration::from_millis(300))).await;
+    let _relay = Relay::start(&cluster.url("shop"));
+    let steps = format!(r#"[{{"action": "{}"}}]"#, receiver.url());
+    client.batch_execute(&format!("SELECT dtm.msg_send('{steps}', 'm')")).await.expect("msg_send");
+    receiver.wait_for(1).await;
+    client.batch_execute("BEGIN; SELECT dtm.retry_now('m')").await.expect("retry_now");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    client.batch_execute("COMMIT").await.expect("COMMIT");
+    status_is(&client, "m", "succeed").await;
+    wait_for(&client, "SELECT count(*)::text FROM dtm.due", "0").await;
+    assert_eq!(receiver.count(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_does_not_answer_holds_up_no_message_to_others() {
+    let (cluster, client) = shop().await;
+    let hangs = Receiver::start_with(|_| Reply::slow(200, Duration::from_secs(60))).await;
+    let works = Receiver::start().await;
+    let _relay = Relay::start(&cluster.url("shop"));
+    let send = |receiver: &Receiver, gids: &str| {
+        format!(
+            r#"SELECT dtm.msg_send('[{{"action": "{}"}}]', {gids}, '{{"request_timeout": 50}}')"#,
+            receiver.url()
+        )
+    };
+    let many = format!("{} FROM generate_series(1, 3000) n", send(&hangs, "'hangs' || n"));
+    client.batch_execute(&many).await.expect("msg_send");
+    hangs.wait_for(1).await;
+    client.batch_execute(&send(&works, "'works'")).await.expect("msg_send");
+    status_is(&client, "works", "succeed").await;
+    assert!(hangs.count() <= 128, "{} calls at a time", hangs.count());
+}
+
+#[tokio::test]
+async fn what_has_ended_is_purged_whatever_stands_still_before_it() {
+    let (_cluster, client) = shop().await;
+    let sql = r#"SELECT dtm.msg_send('[{"action": "https://h/x"}]', 'g' || n) FROM generate_series(1, 20) n;
+        UPDATE dtm.transaction SET created_at = now() - interval '9 days';
+        UPDATE dtm.transaction SET status = 'succeed', finished_at = now() - interval '8 days' WHERE id > 10"#;
+    client.batch_execute(sql).await.expect("messages");
+    let purged = async || {
+        let row =
+            client.query_one("SELECT dtm.purge_transactions(6)", &[]).await.expect("purge_transactions");
+        row.get::<_, i64>(0)
+    };
+    assert_eq!((purged().await, purged().await, purged().await), (6, 4, 0));
 }
 
 #[tokio::test]
@@ -291,6 +355,8 @@ async fn wrong_messages_are_refused_with_a_reason_and_leave_nothing() {
     let (_cluster, client) = shop().await;
     let good = r#"[{"action": "https://h/x"}]"#;
     let long = "x".repeat(129);
+    let odd = "INSERT INTO dtm.msg_topics (topic, url) VALUES ('odd', 'ftp://h/')";
+    client.batch_execute(odd).await.expect("a subscriber");
     for (call, code) in [
         (r#"dtm.msg_send('{}')"#.to_owned(), "22023"),
         ("dtm.msg_send(NULL)".to_owned(), "22023"),
@@ -305,6 +371,10 @@ async fn wrong_messages_are_refused_with_a_reason_and_leave_nothing() {
         (format!("dtm.msg_send('{good}', 'g', NULL)"), "22023"),
         (format!("dtm.msg_prepare('g', '{good}', NULL)"), "22023"),
         (format!("dtm.msg_prepare('g', '{good}', 'ask')"), "22023"),
+        (format!("dtm.msg_prepare('g', '{good}', 'http://h st/')"), "22023"),
+        (format!("dtm.msg_prepare('g', '{good}', 'postgres://stock/app.book')"), "22023"),
+        (format!("dtm.msg_send('{good}', 'g', '{{\"retry_interval\": \"0s\"}}')"), "22023"),
+        (r#"dtm.msg_send('[{"action": "topic://odd"}]')"#.to_owned(), "22023"),
         (format!("dtm.msg_prepare(NULL, '{good}', 'https://h/ask')"), "22023"),
         ("dtm.msg_submit('nobody')".to_owned(), "42704"),
         ("dtm.msg_abort(NULL)".to_owned(), "42704"),
