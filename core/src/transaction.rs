@@ -293,7 +293,10 @@ mod tests {
             (json!([{"action": "topic://a b"}]), E::Action { step: 1, error: DestinationError::Malformed }),
             (json!([{"action": "http://h/", "key": "a"}]), E::Record { step: 1, name: "key" }),
             (json!([{"action": "kafka://m/t", "headers": 1}]), E::Record { step: 1, name: "headers" }),
-            (json!([{"action": "kafka://m/t", "key": "k".repeat(1_025)}]), E::Record { step: 1, name: "key" }),
+            (
+                json!([{"action": "kafka://m/t", "key": "k".repeat(1_025)}]),
+                E::Record { step: 1, name: "key" },
+            ),
             (json!([{"action": "http://h/", "data": 1}]), E::Member { step: 1, name: "data".into() }),
         ] {
             assert_eq!(check_steps(&bad), Err(error), "{bad}");

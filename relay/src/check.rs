@@ -218,6 +218,7 @@ async fn deliverable(
     };
     let mend = |error: &SinkError| match error {
         SinkError::NoTarget(_) => "describe that database in the configuration of every relay",
+        SinkError::Unlisted(_) => "name the function there, in the configuration of every relay",
         SinkError::NoCluster(_) => "describe that cluster in the configuration of every relay",
         SinkError::Header(_) => "give that secret an env or a file in the configuration of every relay",
         SinkError::Uri(_) | SinkError::Source(_) => stored,

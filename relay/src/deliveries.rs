@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, error, info};
 
 use crate::coordinator::Coordinator;
-use crate::coordinator::due::Shards;
+use crate::coordinator::shards::Shards;
 use crate::pipeline::budget::{Budget, Share};
 use crate::pipeline::run::{Bounds, Pipeline, TELL_EVERY};
 use crate::sink::{Outlets, Sink};
@@ -125,7 +125,10 @@ impl Deliveries {
             // What still drains is given up when it has ended: it is asked for again with each heartbeat.
             let drains =
                 self.running.get(&place(assignment)).is_some_and(|running| !running.ended.is_cancelled());
-            if !drains {
+            let shard = Shards { of: assignment.shards, own: vec![assignment.shard] };
+            let coordinates =
+                assignment.destination == COORDINATOR && self.common.coordinator.is_busy_in(&shard);
+            if !drains && !coordinates {
                 let Assignment { subscription, shard, token, .. } = *assignment;
                 let _ = self.common.given.try_send(Given { subscription, shard, token });
             }

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::config::Config;
 use crate::coordinator::branch::Caller;
-use crate::coordinator::due::Shards;
+use crate::coordinator::shards::Shards;
 use crate::coordinator::{self, Coordinator};
 use crate::deliveries::{Common, Deliveries};
 use crate::pipeline::budget::Budget;
@@ -121,8 +121,8 @@ impl Session {
 
         let (store, counters) = Store::new();
         let caller = Caller::new(shared.outlets.clone(), greeting.source.clone());
-        let coordinator = Coordinator::new(store, caller, valid.clone());
         let (shards, owned_shards) = watch::channel(Shards::default());
+        let coordinator = Coordinator::new(store, caller, valid.clone(), owned_shards.clone());
 
         let mut roles = Roles::new();
         let common = Common {

@@ -35,15 +35,16 @@ $$;
 
 -- Transactions that have not ended, with all that there is to know. undecidable: barriers of so long ago may be gone, so nobody
 -- is asked any more, and what may have been done is not called again. payloads: null in those that are more than max_bytes
--- together with older ones; one is always there.
+-- together with smaller ones; the oldest has its own.
 CREATE FUNCTION dtm.relay_transactions(gids text[], max_bytes int)
 RETURNS TABLE (gid text, trans_type text, status text, branches text, payloads bytea[], payload_bytes int, query_prepared text,
-               options text, failures int, undecidable boolean, waits boolean, known text)
+               options text, age float8, failures int, undecidable boolean, waits boolean, known text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET jit = off
 BEGIN ATOMIC
     SELECT t.gid, t.trans_type, t.status, t.branches::text,
-           CASE WHEN sum(t.payload_bytes) OVER older <= max_bytes OR row_number() OVER older = 1 THEN t.payloads END,
-           t.payload_bytes, t.query_prepared, t.options::text, t.failures,
+           CASE WHEN sum(t.payload_bytes) OVER smaller <= max_bytes OR row_number() OVER older = 1 THEN t.payloads END,
+           t.payload_bytes, t.query_prepared, t.options::text,
+           extract(epoch FROM clock_timestamp() - t.created_at)::float8, t.failures,
            CASE t.status
                WHEN 'prepared' THEN t.created_at < clock_timestamp() - dtm.barriers_kept() / 2
                ELSE EXISTS (SELECT FROM dtm.branch b
@@ -55,7 +56,7 @@ BEGIN ATOMIC
             FROM dtm.branch b WHERE b.gid = t.gid)::text
     FROM dtm.transaction t
     WHERE t.gid = ANY (gids) AND t.status IN ('prepared', 'submitted', 'aborting') AND t.stuck_since IS NULL
-    WINDOW older AS (ORDER BY t.id);
+    WINDOW smaller AS (ORDER BY t.payload_bytes, t.id), older AS (ORDER BY t.id);
 END;
 
 -- What is due in the shards that a relay owns, but for what it is at already, and in how many seconds the next is. Of what waits

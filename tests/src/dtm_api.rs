@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request};
+use http::{HeaderMap, HeaderName, Method, Request};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
@@ -83,20 +83,24 @@ impl DtmServer {
         target: &str,
         body: impl Into<Bytes>,
     ) -> Answered {
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.expect("a handshake");
-        tokio::spawn(connection);
         let mut request = Request::builder().method(method).uri(target).header("host", &self.address);
         if let Some(token) = &self.token {
             request = request.header("authorization", token);
         }
-        let request = request.body(Full::new(body.into())).expect("a request");
-        let answer = sender.send_request(request);
-        let answer = tokio::time::timeout(Duration::from_secs(60), answer).await.expect("in time");
-        let (parts, body) = answer.expect("an answer").into_parts();
-        let body = body.collect().await.expect("a body").to_bytes();
-        let text = String::from_utf8(body.to_vec()).expect("UTF-8");
-        Answered { status: parts.status.as_u16(), headers: parts.headers, text }
+        send(stream, request.body(Full::new(body.into())).expect("a request")).await
+    }
+
+    /// One request with a header more, or instead of its own.
+    pub async fn call_with(&self, target: &str, header: (&str, &str), body: impl Into<Bytes>) -> Answered {
+        let stream = TcpStream::connect(&self.address).await.expect("a connection");
+        let mut request = Request::post(target).header("host", &self.address);
+        let (name, value) = header;
+        let headers = request.headers_mut().expect("headers");
+        headers.insert(
+            HeaderName::from_bytes(name.as_bytes()).expect("a name"),
+            value.parse().expect("a value"),
+        );
+        send(stream, request.body(Full::new(body.into())).expect("a request")).await
     }
 
     /// GET of one of DTM's endpoints.
@@ -121,4 +125,19 @@ impl DtmServer {
             self.get(&format!("query?gid={gid}")).await
         );
     }
+}
+
+async fn send(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    request: Request<Full<Bytes>>,
+) -> Answered {
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.expect("a handshake");
+    tokio::spawn(connection);
+    let answer = sender.send_request(request);
+    let answer = tokio::time::timeout(Duration::from_secs(60), answer).await.expect("in time");
+    let (parts, body) = answer.expect("an answer").into_parts();
+    let body = body.collect().await.expect("a body").to_bytes();
+    let text = String::from_utf8(body.to_vec()).expect("UTF-8");
+    Answered { status: parts.status.as_u16(), headers: parts.headers, text }
 }

@@ -14,22 +14,37 @@ use super::connections::Connection;
 /// What is read of a response's body at the most, so that its connection can be used again.
 const BODY_BYTES_MAX: usize = 64 * 1024;
 
-/// What is told of it: more than is kept in the end, for what must not be kept is found in the whole of it.
-const BODY_START_BYTES: usize = 1024;
+/// How a body is read.
+#[derive(Clone, Copy, Debug)]
+pub struct Read {
+    /// So many bytes of its start are told.
+    told: usize,
+    /// For so long it is waited for.
+    patience: Duration,
+}
 
-/// How long the body of a response is waited for. The status has said all that counts.
-const BODY_PATIENCE: Duration = Duration::from_secs(1);
+/// For people: more than is kept in the end, for what must not be kept is found in the whole of it. The status has said all that
+/// counts, so it is not waited for long.
+pub const START: Read = Read { told: 1024, patience: Duration::from_secs(1) };
+
+/// For what it says.
+pub fn all(until: Instant) -> Read {
+    Read { told: BODY_BYTES_MAX, patience: until.saturating_duration_since(Instant::now()) }
+}
+
+/// What is wrong with an answer of which all is wanted.
+pub const CUT: &str = "the answer was cut, or is longer than 64 KiB, or took too long";
 
 /// Reads a body to its end, within bounds: a connection whose response is not read cannot be used again. Answers its start,
 /// and whether it was read to its end.
-pub async fn drain(mut body: Incoming, connection: &mut Connection) -> (Vec<u8>, bool) {
+pub async fn drain(mut body: Incoming, connection: &mut Connection, how: Read) -> (Vec<u8>, bool) {
     let mut start = Vec::new();
     let read = async {
         let mut left = BODY_BYTES_MAX;
         while let Some(frame) = body.frame().await {
             let Ok(frame) = frame else { return false };
             let data = frame.data_ref().map_or(&[][..], |data| data);
-            start.extend(data.iter().take(BODY_START_BYTES - start.len()));
+            start.extend(data.iter().take(how.told - start.len()));
             match left.checked_sub(data.len()) {
                 Some(rest) => left = rest,
                 None => return false,
@@ -37,7 +52,7 @@ pub async fn drain(mut body: Incoming, connection: &mut Connection) -> (Vec<u8>,
         }
         true
     };
-    let is_whole = connection.wait(read, Instant::now() + BODY_PATIENCE).await.unwrap_or(false);
+    let is_whole = connection.wait(read, Instant::now() + how.patience).await.unwrap_or(false);
     (start, is_whole)
 }
 

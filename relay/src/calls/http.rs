@@ -118,6 +118,15 @@ impl HttpCaller {
     }
 }
 
+/// What a caller wants of an answer's body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// Its start, for people: the status says what counts.
+    Start,
+    /// All of it, for it says what counts. One that is cut, or too long, is no answer.
+    All,
+}
+
 impl Endpoint {
     /// Another URI at the same server, over the same connections.
     pub fn at(&self, uri: Uri) -> Self {
@@ -127,15 +136,22 @@ impl Endpoint {
 
     /// Posts. Of a success nothing is told but that it is one: what it says is of no use to anybody.
     pub async fn post(&self, headers: HeaderMap, body: Bytes, timeout: Duration) -> Outcome {
-        let mut outcome = self.call(Method::POST, headers, body, timeout).await;
+        let mut outcome = self.call(Method::POST, headers, body, timeout, Wanted::Start).await;
         if outcome.class == Class::Accepted {
             outcome.body = String::new();
         }
         outcome
     }
 
-    /// Makes one call. `timeout` bounds it from connecting to the status.
-    pub async fn call(&self, method: Method, headers: HeaderMap, body: Bytes, timeout: Duration) -> Outcome {
+    /// Makes one call. `timeout` bounds it from connecting to the status, and to the end of the body if all of it is wanted.
+    pub async fn call(
+        &self,
+        method: Method,
+        headers: HeaderMap,
+        body: Bytes,
+        timeout: Duration,
+        wanted: Wanted,
+    ) -> Outcome {
         let begin = Instant::now();
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
@@ -157,7 +173,11 @@ impl Endpoint {
         let (start, is_whole) = if body.is_end_stream() {
             (Vec::new(), true)
         } else {
-            Box::pin(answer::drain(body, &mut connection)).await
+            let read = match wanted {
+                Wanted::Start => answer::START,
+                Wanted::All => answer::all(begin + timeout),
+            };
+            Box::pin(answer::drain(body, &mut connection, read)).await
         };
         // The rest of a body would be taken for the next answer.
         if is_whole {
@@ -169,6 +189,9 @@ impl Endpoint {
         } else {
             head.status.canonical_reason().unwrap_or("no success")
         };
+        if wanted == Wanted::All && !is_whole {
+            return Outcome { status: Some(status), ..Outcome::without_answer(Class::Failed, answer::CUT) };
+        }
         let after = answer::retry_after(head.status, &head.headers, SystemTime::now());
         Outcome::of_status(status, reason, answer::text(&start), after)
     }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use dtm_core::destination::Destination;
@@ -17,7 +18,7 @@ use uuid::Uuid;
 
 use super::endpoints::{Admission, Endpoints, Health, Standing};
 use super::machine::{Answer, Report};
-use crate::calls::http::{self as calls, Endpoint};
+use crate::calls::http::{self as calls, Endpoint, Wanted};
 use crate::calls::outcome::{Class, Outcome};
 use crate::calls::secrets::Echoes;
 use crate::postgres::target::{Branch, Function};
@@ -47,6 +48,8 @@ pub struct Call<'a> {
     pub key: Option<&'a str>,
     /// Of a Kafka record: a JSON object of strings.
     pub headers: Option<&'a str>,
+    /// It was made before, and was no success.
+    pub is_repeated: bool,
 }
 
 /// Makes calls.
@@ -63,8 +66,8 @@ pub struct Caller {
 enum Callee {
     /// As a step names it.
     Destination(Destination),
-    /// `postgres://TARGET`: a database that knows whether a message is committed.
-    Decider(String),
+    /// `postgres://TARGET`: a database that knows whether a message of this age is committed.
+    Decider(String, Duration),
 }
 
 impl Callee {
@@ -75,10 +78,10 @@ impl Callee {
         }
     }
 
-    fn of_decider(text: &str) -> Option<Self> {
+    fn of_decider(text: &str, age: Duration) -> Option<Self> {
         match Decider::parse(text).ok()? {
             Decider::Http(uri) => Some(Callee::Destination(Destination::Http(uri))),
-            Decider::Postgres(target) => Some(Callee::Decider(target)),
+            Decider::Postgres(target) => Some(Callee::Decider(target, age)),
         }
     }
 
@@ -87,7 +90,7 @@ impl Callee {
         match self {
             Callee::Destination(Destination::Http(uri)) => server_of(uri),
             Callee::Destination(Destination::Kafka { cluster, .. }) => format!("kafka://{cluster}"),
-            Callee::Destination(Destination::Postgres { target, .. }) | Callee::Decider(target) => {
+            Callee::Destination(Destination::Postgres { target, .. }) | Callee::Decider(target, _) => {
                 format!("postgres://{target}")
             }
         }
@@ -113,33 +116,37 @@ impl Caller {
         self.make(Callee::parse(call.action), call, options).await
     }
 
-    /// Asks whoever knows whether a message is committed.
-    pub async fn ask_whether_committed(&self, call: Call<'_>, options: &Options) -> Called {
-        self.make(Callee::of_decider(call.action), call, options).await
+    /// Asks whoever knows whether a message is committed that was prepared so long ago.
+    pub async fn ask_whether_committed(&self, call: Call<'_>, age: Duration, options: &Options) -> Called {
+        self.make(Callee::of_decider(call.action, age), call, options).await
     }
 
     async fn make(&self, callee: Option<Callee>, call: Call<'_>, options: &Options) -> Called {
         let Some(callee) = callee else {
             let error = format!("{} cannot be called", call.action);
-            let report =
-                Report { answer: Answer::Unknown, was_called: true, status: None, error, endpoint: None };
+            let report = Report {
+                answer: Answer::Unknown,
+                was_called: true,
+                status: None,
+                error,
+                endpoint: None,
+                not_before: None,
+            };
             return Called { report, revived: None };
         };
         let endpoint = callee.endpoint();
-        let _place = match self.endpoints.admit(&endpoint, call.gid).await {
-            Admission::Place(place) => place,
+        let bytes = call.payload.map_or(0, Bytes::len);
+        match self.endpoints.admit(&endpoint, call.gid, bytes).await {
+            Admission::Admitted => {}
             Admission::Down => return not_called(endpoint, "is down"),
             Admission::Full => return not_called(endpoint, "has enough to do"),
-        };
-        let ended =
-            Ended { endpoints: &self.endpoints, endpoint: &endpoint, gid: call.gid, health: Health::Fails };
-        let Some(outcome) = self.outcome(callee, call, options).await else {
+        }
+        let ended = Ended { endpoints: &self.endpoints, endpoint: &endpoint, gid: call.gid, bytes };
+        let Some((outcome, answer)) = self.outcome(callee, call, options).await else {
             ended.with(Health::Unknown);
             return not_called(endpoint, "has enough to do");
         };
-        let answer = judge(&outcome, options);
-        let health = health(&outcome, &answer);
-        let standing = ended.with(health);
+        let standing = ended.with(health(&outcome, &answer, call.is_repeated));
         let error = match outcome.body.as_str() {
             "" => outcome.to_string(),
             body => format!("{outcome}: {body}"),
@@ -156,28 +163,34 @@ impl Caller {
             status: outcome.status,
             error,
             endpoint: is_down.then(|| endpoint.clone()),
+            not_before: outcome.retry_after,
         };
         Called { report, revived: (standing == Standing::Revived).then_some(endpoint) }
     }
 
     /// Makes a call; `None`: its turn did not come.
-    async fn outcome(&self, callee: Callee, call: Call<'_>, options: &Options) -> Option<Outcome> {
-        match callee {
-            Callee::Destination(Destination::Http(uri)) => Some(self.http(uri, call, options).await),
+    async fn outcome(&self, callee: Callee, call: Call<'_>, options: &Options) -> Option<(Outcome, Answer)> {
+        let outcome = match callee {
+            Callee::Destination(Destination::Http(uri)) => return Some(self.http(uri, call, options).await),
             Callee::Destination(Destination::Kafka { cluster, topic }) => {
                 let outcome = self.kafka(&cluster, topic, call).await;
-                Some(outcome.unwrap_or_else(|problem| unsendable(problem.to_string())))
+                outcome.unwrap_or_else(|problem| unsendable(problem.to_string()))
             }
             Callee::Destination(Destination::Postgres { target, schema, function }) => {
                 let function = Function { schema, name: function };
-                self.postgres(&target, Some(&function), call, options).await
+                self.postgres(&target, &function, call, options).await?
             }
-            Callee::Decider(target) => self.postgres(&target, None, call, options).await,
-        }
+            Callee::Decider(target, age) => match self.outlets.postgres.get(&target) {
+                Some(known) => known.query_prepared(call.gid, age, options.request_timeout).await?,
+                None => unsendable(SinkError::NoTarget(target).to_string()),
+            },
+        };
+        let answer = judge(&outcome, options);
+        Some((outcome, answer))
     }
 
-    /// Endpoints that take no more calls than so many now.
-    pub fn rooms(&self) -> Vec<(String, i32)> {
+    /// Endpoints that take no more calls than so many now, and how many any other takes.
+    pub fn rooms(&self) -> (Vec<(String, i32)>, i32) {
         self.endpoints.rooms(Instant::now())
     }
 
@@ -186,20 +199,20 @@ impl Caller {
         self.endpoints.is_up(endpoint)
     }
 
-    /// A function behind the barrier; without one, whether a message is committed. `None`: all connections are busy.
+    /// A function behind the barrier. `None`: all connections are busy.
     async fn postgres(
         &self,
         target: &str,
-        function: Option<&Function>,
+        function: &Function,
         call: Call<'_>,
         options: &Options,
     ) -> Option<Outcome> {
         let Some(known) = self.outlets.postgres.get(target) else {
             return Some(unsendable(SinkError::NoTarget(target.to_owned()).to_string()));
         };
-        let Some(function) = function else {
-            return known.query_prepared(call.gid, options.request_timeout).await;
-        };
+        if !known.lets_call(function) {
+            return Some(unsendable(SinkError::Unlisted(target.to_owned()).to_string()));
+        }
         let payload = call.payload.map(|payload| std::str::from_utf8(payload)).transpose();
         let Ok(payload) = payload else {
             return Some(unsendable("the payload is no text"));
@@ -209,7 +222,8 @@ impl Caller {
         known.call_branch(function, branch, options.request_timeout).await
     }
 
-    async fn http(&self, uri: Uri, call: Call<'_>, options: &Options) -> Outcome {
+    async fn http(&self, uri: Uri, call: Call<'_>, options: &Options) -> (Outcome, Answer) {
+        let unsendable = |error: String| (unsendable(error), Answer::Unknown);
         let (server, uri) = match self.server(&uri).and_then(|server| Ok((server, with_query(&uri, &call)?)))
         {
             Ok(found) => found,
@@ -223,8 +237,11 @@ impl Caller {
             Some(payload) if !payload.is_empty() => (Method::POST, payload.clone()),
             _ => (Method::GET, Bytes::new()),
         };
-        let endpoint = server.at(uri);
-        endpoint.call(method, headers, body, options.request_timeout).await.without(&echoes)
+        let wanted = if options.outcome_in_body { Wanted::All } else { Wanted::Start };
+        let outcome = server.at(uri).call(method, headers, body, options.request_timeout, wanted).await;
+        // By the whole of it, before it is cut for people.
+        let answer = judge(&outcome, options);
+        (outcome.without(&echoes), answer)
     }
 
     fn server(&self, uri: &Uri) -> Result<Arc<Endpoint>, String> {
@@ -294,24 +311,28 @@ fn names<'a>(call: &Call<'a>) -> [(&'static str, &'a str); 4] {
     [("gid", call.gid), ("trans_type", call.trans_type), ("branch_id", call.branch_id), ("op", call.op)]
 }
 
-/// A call is over, also where it was given up.
+/// A call is over, also where it was given up: then it failed.
 struct Ended<'a> {
     endpoints: &'a Endpoints,
     endpoint: &'a str,
     gid: &'a str,
-    health: Health,
+    bytes: usize,
 }
 
 impl Ended<'_> {
     fn with(self, health: Health) -> Standing {
-        let this = std::mem::ManuallyDrop::new(self);
-        this.endpoints.ended(this.endpoint, this.gid, health, Instant::now(), rand::random())
+        std::mem::ManuallyDrop::new(self).end(health)
+    }
+
+    fn end(&self, health: Health) -> Standing {
+        let (now, random) = (Instant::now(), rand::random());
+        self.endpoints.ended(self.endpoint, self.gid, self.bytes, health, now, random)
     }
 }
 
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
-        self.endpoints.ended(self.endpoint, self.gid, self.health, Instant::now(), rand::random());
+        self.end(Health::Fails);
     }
 }
 
@@ -326,6 +347,7 @@ fn not_called(endpoint: String, why: &str) -> Called {
         status: None,
         error: format!("{endpoint} {why}: it was not called"),
         endpoint: Some(endpoint),
+        not_before: None,
     };
     Called { report, revived: None }
 }
@@ -345,13 +367,15 @@ fn judge(outcome: &Outcome, options: &Options) -> Answer {
 }
 
 /// Whether the service works: if it says no or later, it does.
-fn health(outcome: &Outcome, answer: &Answer) -> Health {
+fn health(outcome: &Outcome, answer: &Answer, is_repeated: bool) -> Health {
     match (answer, outcome.class) {
         (Answer::Success | Answer::Failure | Answer::Ongoing, _) => Health::Works,
         // The service itself has said so, or nothing was sent.
         (_, Class::Unsendable) => Health::Unknown,
-        (Answer::Unknown, Class::Unsent) => Health::Away,
-        (Answer::Unknown, _) => Health::Fails,
+        (_, Class::Unsent) => Health::Away,
+        (_, Class::Overloaded | Class::Throttled) => Health::Fails,
+        _ if is_repeated && outcome.status.is_some() => Health::FailsAgain,
+        _ => Health::Fails,
     }
 }
 
@@ -388,6 +412,7 @@ mod tests {
             payload: None,
             key: None,
             headers: None,
+            is_repeated: false,
         }
     }
 
@@ -429,7 +454,10 @@ mod tests {
         }
         let unsent = Outcome::without_answer(Class::Unsent, "x");
         assert_eq!(judge(&unsent, &ours), Answer::Unknown);
-        assert_eq!(health(&unsent, &Answer::Unknown), Health::Away);
+        assert_eq!(health(&unsent, &Answer::Unknown, true), Health::Away);
+        let failed = Outcome::of_status(500, "", String::new(), None);
+        assert_eq!(health(&failed, &Answer::Unknown, false), Health::Fails);
+        assert_eq!(health(&failed, &Answer::Unknown, true), Health::FailsAgain);
     }
 
     #[test]

@@ -15,8 +15,10 @@ use tokio::time::Instant;
 
 use super::branch::{Call, Called, Caller};
 use super::machine::{Branch, Kind, Machine, Next, Report, State, Status};
-use super::settlement::{Settlement, TURN, Then, pause};
-use crate::source::transactions::{Found, Store};
+use super::settlement::{PAUSE_MAX, Settlement, TURN, Then, pause};
+use super::shards::Shards;
+use crate::source::transactions::Store;
+use crate::source::unfinished::Found;
 
 /// After somebody else has changed a transaction.
 const AGAIN: Duration = Duration::from_millis(50);
@@ -29,6 +31,8 @@ pub struct Coordinator {
     caller: Caller,
     /// Until when anything may be called.
     valid_until: watch::Receiver<Instant>,
+    /// Whose transactions are called.
+    shards: watch::Receiver<Shards>,
     /// Transactions that a pass is made over.
     busy: Mutex<HashSet<String>>,
     /// One of them is done.
@@ -67,15 +71,22 @@ struct Transaction {
     state: State,
     /// When it was asked for: it is not older than that.
     read_at: Instant,
+    /// Since it was made, at that time.
+    age: Duration,
     /// What the payloads take of the memory for them.
     _room: OwnedSemaphorePermit,
 }
 
 impl Coordinator {
     /// Of the transactions in a store.
-    pub fn new(store: Store, caller: Caller, valid_until: watch::Receiver<Instant>) -> Arc<Self> {
+    pub fn new(
+        store: Store,
+        caller: Caller,
+        valid_until: watch::Receiver<Instant>,
+        shards: watch::Receiver<Shards>,
+    ) -> Arc<Self> {
         let (busy, freed) = (Mutex::default(), Notify::new());
-        Arc::new(Coordinator { store, caller, valid_until, busy, freed })
+        Arc::new(Coordinator { store, caller, valid_until, shards, busy, freed })
     }
 
     /// The transactions themselves.
@@ -83,8 +94,8 @@ impl Coordinator {
         &self.store
     }
 
-    /// Endpoints that take no more calls than so many now.
-    pub fn rooms(&self) -> Vec<(String, i32)> {
+    /// Endpoints that take no more calls than so many now, and how many any other takes.
+    pub fn rooms(&self) -> (Vec<(String, i32)>, i32) {
         self.caller.rooms()
     }
 
@@ -95,6 +106,11 @@ impl Coordinator {
     /// What a pass is being made over.
     pub fn busy(&self) -> Vec<String> {
         self.lock().iter().cloned().collect()
+    }
+
+    /// Whether a pass is being made over a transaction of these shards.
+    pub fn is_busy_in(&self, shards: &Shards) -> bool {
+        self.lock().iter().any(|gid| shards.have(gid))
     }
 
     /// Waits until no pass is being made.
@@ -174,6 +190,10 @@ impl Coordinator {
                     }
                     machine.stored();
                 }
+                // Whoever takes its shard over goes on with it.
+                Next::Call(_) if !self.shards.borrow().have(&transaction.gid) => {
+                    return self.settle(transaction, machine.settle()).await;
+                }
                 Next::Call(branches) => {
                     if !self.valid().await {
                         return false;
@@ -201,8 +221,11 @@ impl Coordinator {
 
     async fn ask_whether_committed(&self, transaction: &Transaction) -> Report {
         let action = transaction.query_prepared.as_deref().unwrap_or_default();
-        let call = Call { branch_id: "00", op: "msg", action, payload: None, ..transaction.call(0) };
-        self.report(self.caller.ask_whether_committed(call, &transaction.options).await).await
+        let is_repeated = transaction.state.failures > 0;
+        let call =
+            Call { branch_id: "00", op: "msg", action, payload: None, is_repeated, ..transaction.call(0) };
+        let age = transaction.age + transaction.read_at.elapsed();
+        self.report(self.caller.ask_whether_committed(call, age, &transaction.options).await).await
     }
 
     async fn settle(&self, transaction: &Transaction, settlement: Settlement) -> bool {
@@ -218,6 +241,7 @@ impl Coordinator {
                     false => (transaction.options.retry_interval, settlement.failures),
                 };
                 let pause = pause(interval, failures, rand::random());
+                let pause = pause.max(settlement.not_before.unwrap_or_default().min(PAUSE_MAX));
                 (Some(pause.as_secs_f64()), endpoint.as_deref())
             }
         };
@@ -330,6 +354,7 @@ impl Transaction {
             payloads,
             state,
             read_at,
+            age: Duration::try_from_secs_f64(found.age).unwrap_or_default(),
             _room: found.room,
         })
     }
@@ -345,6 +370,7 @@ impl Transaction {
             payload: self.payloads[at].as_ref(),
             key: step.key.as_deref(),
             headers: self.headers[at].as_deref(),
+            is_repeated: self.state.branches[at].attempts > 0,
         }
     }
 }

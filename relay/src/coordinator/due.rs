@@ -12,22 +12,13 @@ use tokio::time::{Instant, sleep_until};
 use tracing::Instrument as _;
 
 use super::drive::Coordinator;
-use super::endpoints::PLACES;
+use super::shards::Shards;
 use crate::source::transactions::Wanted;
 
 /// So many are worked at.
 const AT_ONCE: usize = 512;
 /// Something may be made due at any time.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-
-/// The shards of the coordinator's subscription that a relay owns.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Shards {
-    /// How many there are.
-    pub of: i32,
-    /// The relay's own.
-    pub own: Vec<i32>,
-}
 
 /// Works at what is due, for ever.
 pub async fn follow(coordinator: Arc<Coordinator>, mut shards: watch::Receiver<Shards>) -> Infallible {
@@ -41,13 +32,14 @@ pub async fn follow(coordinator: Arc<Coordinator>, mut shards: watch::Receiver<S
             () = sleep_until(look_at), if !owned.own.is_empty() && passes.len() < AT_ONCE => {
                 let most = AT_ONCE - passes.len();
                 let busy = coordinator.busy();
+                let (rooms, usual) = coordinator.rooms();
                 let wanted = Wanted {
                     shards: owned.of,
                     own: owned.own,
                     busy,
                     most: i32::try_from(most).unwrap_or(i32::MAX),
-                    rooms: coordinator.rooms(),
-                    usual: i32::try_from(PLACES).unwrap_or(i32::MAX),
+                    rooms,
+                    usual,
                 };
                 let due = coordinator.store().due(wanted).await;
                 let is_all = due.gids.len() < most;

@@ -6,6 +6,7 @@
 //! somebody has to decide. Nothing is called after a terminal status, and none is ever left.
 
 use std::fmt;
+use std::time::Duration;
 
 use super::message;
 use super::settlement::{BranchResult, Settlement, Then};
@@ -129,6 +130,8 @@ pub struct Report {
     pub error: String,
     /// Its endpoint, if the transaction has to wait for that.
     pub endpoint: Option<String>,
+    /// The service asks not to be called sooner.
+    pub not_before: Option<Duration>,
 }
 
 /// What is to be done next.
@@ -255,6 +258,7 @@ impl Machine {
             then: Then::End,
             is_clean,
             waits_its_turn: false,
+            not_before: None,
             error: None,
             failures: 0,
             results,
@@ -279,6 +283,7 @@ impl Machine {
             None => Then::Again { endpoint: None },
             Some(Halt::Report(report)) => {
                 settlement.waits_its_turn = !report.was_called;
+                settlement.not_before = report.not_before;
                 if report.was_called && report.answer != Answer::Ongoing {
                     settlement.failures = before.saturating_add(1);
                 }

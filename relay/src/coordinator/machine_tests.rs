@@ -21,7 +21,14 @@ fn submitted(n: usize) -> State {
 }
 
 fn report(answer: Answer) -> Report {
-    Report { answer, was_called: true, status: None, error: "e".into(), endpoint: Some("x".into()) }
+    Report {
+        answer,
+        was_called: true,
+        status: None,
+        error: "e".into(),
+        endpoint: Some("x".into()),
+        not_before: None,
+    }
 }
 
 #[test]
@@ -132,6 +139,10 @@ struct Tables {
 enum Act {
     /// A pass with these answers; it dies after so many steps.
     Pass(Vec<u8>, usize),
+    /// A pass, and one of a relay that does not know that it has lost the transaction, which stores last.
+    Overlap(Vec<u8>, Vec<u8>),
+    /// Somebody does something between a pass and its storing.
+    During(Vec<u8>, Box<Act>),
     Submit,
     Abort,
     ForceStop,
@@ -140,9 +151,16 @@ enum Act {
     Age,
 }
 
+fn answers() -> impl Strategy<Value = Vec<u8>> {
+    prop::collection::vec(0..7_u8, 1..8)
+}
+
 fn act() -> impl Strategy<Value = Act> {
+    let during = prop_oneof![Just(Act::Submit), Just(Act::Abort), Just(Act::RetryNow), Just(Act::ForceStop)];
     prop_oneof![
-        6 => (prop::collection::vec(0..6_u8, 1..8), 0..12_usize).prop_map(|(answers, dies)| Act::Pass(answers, dies)),
+        6 => (answers(), 0..12_usize).prop_map(|(answers, dies)| Act::Pass(answers, dies)),
+        2 => (answers(), answers()).prop_map(|(answers, stale)| Act::Overlap(answers, stale)),
+        2 => (answers(), during).prop_map(|(answers, act)| Act::During(answers, Box::new(act))),
         1 => Just(Act::Submit),
         1 => Just(Act::Abort),
         1 => Just(Act::RetryNow),
@@ -166,9 +184,10 @@ impl Tables {
         }
     }
 
-    fn pass(&mut self, answers: &[u8], dies: usize) {
+    /// What a pass leaves to be stored, unless it dies before, or finds that it is void.
+    fn pass(&mut self, answers: &[u8], dies: usize) -> Option<Settlement> {
         if self.state.status.is_terminal() || self.stuck {
-            return;
+            return None;
         }
         let mut machine = Machine::new(self.state.clone());
         let mut answers = answers.iter().copied().cycle();
@@ -177,6 +196,7 @@ impl Tables {
             let answer = match drawn {
                 0 => Answer::Unknown,
                 1 => Answer::Ongoing,
+                6 => Answer::Unknown,
                 2 => Answer::Failure,
                 _ => Answer::Success,
             };
@@ -196,6 +216,9 @@ impl Tables {
                     machine.told_whether_committed(report(answer));
                 }
                 Next::StoreSubmitted => {
+                    if self.state.status != Status::Prepared {
+                        return None;
+                    }
                     self.become_status(Status::Submitted);
                     self.state.waits = true;
                     machine.stored();
@@ -210,12 +233,13 @@ impl Tables {
                     for at in calls {
                         // An answer may be lost: the service has done it all the same.
                         self.done[at] += u32::from(answer == Answer::Success || drawn == 0);
-                        machine.answered(at, report(answer.clone()));
+                        machine.answered(at, Report { was_called: drawn != 6, ..report(answer.clone()) });
                     }
                 }
-                Next::Settle => return self.store(machine.settle()),
+                Next::Settle => return Some(machine.settle()),
             }
         }
+        None
     }
 
     fn store(&mut self, settlement: Settlement) {
@@ -227,7 +251,10 @@ impl Tables {
         }
         for result in &settlement.results {
             let branch = &mut self.state.branches[result.branch];
-            assert!(result.is_done || !branch.is_done, "what was done is not undone");
+            // As dtm.relay_settle.
+            if branch.is_done || !result.is_done && result.attempts <= branch.attempts {
+                continue;
+            }
             *branch = Branch { is_done: result.is_done, attempts: result.attempts, has_row: true };
         }
         self.state.failures = settlement.failures;
@@ -241,7 +268,27 @@ impl Tables {
     fn act(&mut self, act: &Act) {
         let before = self.ended;
         match act {
-            Act::Pass(answers, dies) => self.pass(answers, *dies),
+            Act::Pass(answers, dies) => {
+                self.pass(answers, *dies).into_iter().for_each(|settlement| self.store(settlement));
+            }
+            Act::Overlap(answers, stale) => {
+                let was = Tables { done: self.done.clone(), state: self.state.clone(), ..*self };
+                let mut elsewhere = was;
+                let stale = elsewhere.pass(stale, usize::MAX);
+                // Both have called, and it is one business transaction that both have asked about.
+                (self.done, self.committed) = (elsewhere.done, elsewhere.committed);
+                if elsewhere.state.status != self.state.status {
+                    self.become_status(elsewhere.state.status);
+                    self.state.waits = true;
+                }
+                self.pass(answers, usize::MAX).into_iter().for_each(|settlement| self.store(settlement));
+                stale.into_iter().for_each(|settlement| self.store(settlement));
+            }
+            Act::During(answers, act) => {
+                let settlement = self.pass(answers, usize::MAX);
+                self.act(act);
+                settlement.into_iter().for_each(|settlement| self.store(settlement));
+            }
             Act::Submit if self.state.status == Status::Prepared && self.committed != Some(false) => {
                 self.committed = Some(true);
                 (self.stuck, self.state.undecidable) = (false, false);

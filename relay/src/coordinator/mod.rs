@@ -14,5 +14,6 @@ pub mod endpoints;
 pub mod machine;
 mod message;
 pub mod settlement;
+pub mod shards;
 
 pub use drive::Coordinator;

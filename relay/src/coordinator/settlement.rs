@@ -24,6 +24,8 @@ pub struct Settlement {
     pub is_clean: bool,
     /// Its endpoint is down or has enough to do: it was not called, and nothing is charged to it.
     pub waits_its_turn: bool,
+    /// The service asks not to be called sooner.
+    pub not_before: Option<Duration>,
     /// What stood in its way.
     pub error: Option<String>,
     /// Passes that failed since it last got ahead.

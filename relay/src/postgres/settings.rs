@@ -19,6 +19,8 @@ pub struct TargetTable {
     url: String,
     #[serde(default = "connections")]
     connections: usize,
+    /// What may be called: `schema.function` or `schema.*`.
+    functions: Option<Vec<String>>,
 }
 
 fn connections() -> usize {
@@ -32,6 +34,8 @@ pub struct TargetSettings {
     pub settings: Settings,
     /// So many calls are made side by side.
     pub connections: usize,
+    /// What may be called; `None`: whatever the role may execute.
+    pub functions: Option<Vec<String>>,
 }
 
 /// Checks all of them. An error is a key and what is wrong with it.
@@ -39,7 +43,7 @@ pub fn read(
     tables: BTreeMap<String, TargetTable>,
 ) -> Result<BTreeMap<String, TargetSettings>, (String, String)> {
     let mut targets = BTreeMap::new();
-    for (name, TargetTable { url, connections }) in tables {
+    for (name, TargetTable { url, connections, functions }) in tables {
         let wrong = |key: &str, why: String| Err((format!("postgres.{name}{key}"), why));
         if !is_name(&name) {
             return wrong("", names::RULE.into());
@@ -47,11 +51,14 @@ pub fn read(
         if !(1..=64).contains(&connections) {
             return wrong(".connections", format!("{connections} is not between 1 and 64"));
         }
+        if let Some(odd) = functions.iter().flatten().find(|function| !function.contains('.')) {
+            return wrong(".functions", format!("{odd:?} is neither schema.function nor schema.*"));
+        }
         let settings = match Settings::parse(&url, &ThisMachine) {
             Ok(settings) => settings,
             Err(error) => return wrong(".url", error.to_string()),
         };
-        targets.insert(name, TargetSettings { settings, connections });
+        targets.insert(name, TargetSettings { settings, connections, functions });
     }
     Ok(targets)
 }
@@ -59,7 +66,7 @@ pub fn read(
 /// The targets; nothing is connected yet.
 pub fn open(targets: &BTreeMap<String, TargetSettings>) -> Result<Targets, SourceError> {
     let open = |(name, target): (&String, &TargetSettings)| {
-        let opened = Target::new(name, target.settings.clone(), target.connections)?;
+        let opened = Target::new(name, target)?;
         Ok((name.clone(), Arc::new(opened)))
     };
     targets.iter().map(open).collect()

@@ -8,13 +8,13 @@ use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
+use super::settings::TargetSettings;
 use super::verdict;
 use crate::calls::outcome::{Class, Outcome};
 use crate::source::connect::{Connector, GRACE};
 use crate::source::error::SourceError;
 use crate::source::link::Link;
 use crate::source::pool::Pool;
-use crate::source::settings::Settings;
 
 /// How long a free connection, or a new one, is waited for at the least.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -23,12 +23,18 @@ const LONGEST: Duration = Duration::from_secs(3_600);
 
 const CALL_EVENTS: &str = "SELECT n, state, message FROM dtm.call_events($1, $2, $3, $4, $5, $6)";
 const CALL_BRANCH: &str = "SELECT dtm.call_branch($1, $2, $3, $4, $5, $6, $7)";
-const QUERY_PREPARED: &str = "SELECT dtm.query_prepared($1)";
+/// Not of one that was prepared so long ago that its barrier may have been forgotten there.
+const QUERY_PREPARED: &str = "SELECT CASE WHEN pg_catalog.make_interval(secs => $2)
+    OPERATOR(pg_catalog.<) dtm.barriers_kept() OPERATOR(pg_catalog./) 2 THEN dtm.query_prepared($1) END";
+/// Whatever functions have left behind in a session: what one sets, locks or holds is not the next one's.
+const RESET: &str = "RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL; CLOSE ALL; UNLISTEN *; DISCARD TEMP;
+    SELECT pg_catalog.pg_advisory_unlock_all()";
 
 /// A database.
 pub struct Target {
     name: String,
     connector: Connector,
+    functions: Option<Vec<String>>,
     pool: Pool<Session>,
 }
 
@@ -84,9 +90,19 @@ struct NoAnswer {
 
 impl Target {
     /// Connects to nothing yet.
-    pub fn new(name: &str, settings: Settings, connections: usize) -> Result<Self, SourceError> {
-        let connector = Connector::to_target(settings, LONGEST)?;
-        Ok(Target { name: name.to_owned(), connector, pool: Pool::new(connections) })
+    pub fn new(name: &str, settings: &TargetSettings) -> Result<Self, SourceError> {
+        let connector = Connector::to_target(settings.settings.clone(), LONGEST)?;
+        let (functions, pool) = (settings.functions.clone(), Pool::new(settings.connections));
+        Ok(Target { name: name.to_owned(), connector, functions, pool })
+    }
+
+    /// Whether the configuration lets a function be called.
+    pub fn lets_call(&self, function: &Function) -> bool {
+        let Function { schema, name } = function;
+        let is_listed = |listed: &String| {
+            listed.split_once('.').is_some_and(|(s, n)| s == schema && (n == "*" || n == name))
+        };
+        self.functions.as_ref().is_none_or(|functions| functions.iter().any(is_listed))
     }
 
     /// `[postgres.NAME]`.
@@ -158,17 +174,22 @@ impl Target {
 
     /// Asks whether a prepared message is committed, in the form that HTTP would answer: success, or 409. Any error means that it
     /// is not known. `None`: it was not asked, for all connections are busy.
-    pub async fn query_prepared(&self, gid: &str, timeout: Duration) -> Option<Outcome> {
+    pub async fn query_prepared(&self, gid: &str, age: Duration, timeout: Duration) -> Option<Outcome> {
         let _turn = self.turn(timeout).await?;
-        let parameters: [&(dyn ToSql + Sync); 1] = [&gid];
+        let age = age.as_secs_f64();
+        let parameters: [&(dyn ToSql + Sync); 2] = [&gid, &age];
         let place: fn(&mut Session) -> &mut Option<Statement> = |session| &mut session.query_prepared;
         let asked =
             self.ask("asking whether a message is committed", QUERY_PREPARED, place, &parameters, timeout);
         Some(match asked.await {
-            Ok(rows) => match rows.first().map(|row| row.get::<_, &str>(0)) {
+            Ok(rows) => match rows.first().and_then(|row| row.get::<_, Option<&str>>(0)) {
                 Some("committed") => Outcome::accepted(),
                 Some("rolled_back") => verdict::of_state(verdict::FAILURE, "rolled back"),
-                _ => Outcome::without_answer(Class::Failed, "it is not known whether it is committed"),
+                None => Outcome::without_answer(
+                    Class::Failed,
+                    "it was prepared longer ago than half of what dtm.barriers_kept is there",
+                ),
+                Some(_) => Outcome::without_answer(Class::Failed, "it is not known whether it is committed"),
             },
             // Whatever it raises is no decision.
             Err(outcome) => Outcome { status: None, ..outcome },
@@ -225,8 +246,7 @@ impl Target {
         if session.timeout != timeout {
             // The server may be stopped, or the network silent: then its own time-out tells nobody.
             session.link.set_limit(timeout + GRACE);
-            let set = format!("SET statement_timeout = {}", timeout.as_millis().max(1));
-            session.link.batch("setting a time-out", &set).await.map_err(unsent)?;
+            session.link.batch("setting a time-out", &set_timeout(timeout)).await.map_err(unsent)?;
             session.timeout = timeout;
         }
         let statement = match place(&mut session).clone() {
@@ -234,26 +254,39 @@ impl Target {
             None => {
                 let made = match session.link.prepare(what, sql).await {
                     Ok(made) => made,
-                    Err(error) => return Err(self.refused(session, error, false)),
+                    Err(error) => return Err(self.refused(session, error, false).await),
                 };
                 place(&mut session).insert(made).clone()
             }
         };
         match session.link.query(what, &statement, parameters).await {
             Ok(rows) => {
-                self.pool.keep(session);
+                self.keep(session).await;
                 Ok(rows)
             }
-            Err(error) => Err(self.refused(session, error, true)),
+            Err(error) => Err(self.refused(session, error, true).await),
         }
     }
 
-    fn refused(&self, session: Session, error: SourceError, was_sent: bool) -> NoAnswer {
+    async fn refused(&self, session: Session, error: SourceError, was_sent: bool) -> NoAnswer {
         if error.spares_connection() {
-            self.pool.keep(session);
+            self.keep(session).await;
         }
         NoAnswer { error, was_sent }
     }
+
+    /// Keeps a session for the next call, as if it were new.
+    async fn keep(&self, session: Session) {
+        let reset = format!("{RESET}; {}; {}", self.connector.session(), set_timeout(session.timeout));
+        match session.link.batch("resetting a session", &reset).await {
+            Ok(()) => self.pool.keep(session),
+            Err(error) => tracing::debug!(target = self.name, "a session is given up: {error}"),
+        }
+    }
+}
+
+fn set_timeout(timeout: Duration) -> String {
+    format!("SET statement_timeout = {}", timeout.as_millis().max(1))
 }
 
 impl AsRef<Link> for Session {
@@ -265,5 +298,31 @@ impl AsRef<Link> for Session {
 impl Session {
     fn over(link: Link) -> Self {
         Session { link, timeout: LONGEST, call_events: None, call_branch: None, query_prepared: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::settings::{Settings, ThisMachine};
+
+    #[test]
+    fn what_may_be_called_is_what_the_configuration_lists() {
+        let lets_call = |functions: Option<&[&str]>, name: &str| {
+            let settings = Settings::parse("postgres://u@h/d", &ThisMachine).unwrap();
+            let functions = functions.map(|listed| listed.iter().map(ToString::to_string).collect());
+            let settings = TargetSettings { settings, connections: 1, functions };
+            let (schema, name) = name.split_once('.').unwrap();
+            let function = Function { schema: schema.into(), name: name.into() };
+            Target::new("stock", &settings).unwrap().lets_call(&function)
+        };
+        assert!(lets_call(None, "app.f"));
+        let listed: &[&str] = &["app.f", "open.*"];
+        for (name, expected) in
+            [("app.f", true), ("app.g", false), ("open.g", true), ("opens.g", false), ("App.f", false)]
+        {
+            assert_eq!(lets_call(Some(listed), name), expected, "{name}");
+        }
+        assert!(!lets_call(Some(&[]), "app.f"));
     }
 }

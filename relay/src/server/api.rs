@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: PostgreSQL
 //! What each endpoint does.
 
+use std::net::IpAddr;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
-use http::header::AUTHORIZATION;
+use http::header::{AUTHORIZATION, HOST, ORIGIN};
 use http::request::Parts;
+use http::uri::Authority;
 use http::{HeaderMap, StatusCode};
 use serde_json::{Value, json};
 use subtle::ConstantTimeEq as _;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -27,6 +31,9 @@ const PAGE_MAX: i64 = 1_000;
 /// What `resetCronTime` leaves alone unless it is told: three times DTM's default of `timeout_to_fail`.
 const RESET_SECONDS: i64 = 105;
 
+/// Clients that wait for the result of what they have submitted.
+const WAITERS_MAX: usize = 512;
+
 /// The transactions of one database, and who may ask about them.
 pub struct Api {
     transactions: Transactions,
@@ -34,18 +41,20 @@ pub struct Api {
     /// See there.
     pub metrics: Metrics,
     stop: CancellationToken,
+    /// Of the connections that there may be, so many may be kept waiting.
+    waiters: Semaphore,
 }
 
 impl Api {
     /// With a token only those who know it are answered. `stop` ends what waits.
     pub fn new(transactions: Transactions, token: Option<Secret>, stop: CancellationToken) -> Self {
-        Api { transactions, token, metrics: Metrics::default(), stop }
+        Api { transactions, token, metrics: Metrics::default(), stop, waiters: Semaphore::new(WAITERS_MAX) }
     }
 
     /// Refuses who does not know the token: as bearer, or as the password of the server's URL, which is all that DTM's clients
     /// can be given. That the server is there everybody may know.
     pub fn admit(&self, endpoint: Endpoint, headers: &HeaderMap) -> Result<(), Refusal> {
-        let Some(token) = &self.token else { return Ok(()) };
+        let Some(token) = &self.token else { return local(headers) };
         if endpoint == Endpoint::Ping {
             return Ok(());
         }
@@ -116,6 +125,9 @@ impl Api {
         let message = request.message(self.token.is_some())?;
         match self.transactions.submit(&message).await?.as_deref() {
             None | Some("prepared" | "submitted") if request.waits() => {
+                let Ok(_place) = self.waiters.try_acquire() else {
+                    return Ok(Answer::ongoing("too many clients wait for results; the transaction goes on"));
+                };
                 wait::result(&self.transactions, &message.gid, &self.stop).await
             }
             None | Some("prepared" | "submitted") => Ok(Answer::success()),
@@ -201,6 +213,22 @@ fn presented(header: &[u8]) -> Option<Vec<u8>> {
     let decoded = scheme.eq_ignore_ascii_case(b"basic").then(|| BASE64.decode(rest).ok()).flatten()?;
     let colon = decoded.iter().position(|byte| *byte == b':')?;
     Some(decoded[colon + 1..].to_vec())
+}
+
+/// Without a token the server trusts this machine, but not the pages that a browser on it shows: they can send requests here, with
+/// their origin, or under a name of their own that leads here.
+fn local(headers: &HeaderMap) -> Result<(), Refusal> {
+    let refuse = |why: &str| Err(Refusal::error(StatusCode::FORBIDDEN, why));
+    if headers.contains_key(ORIGIN) {
+        return refuse("a browser sent it for a page: the server takes that only with a token");
+    }
+    let host = headers.get(HOST).and_then(|host| host.to_str().ok()?.parse::<Authority>().ok());
+    let is_local = host.is_none_or(|host| {
+        let name = host.host().trim_matches(['[', ']']);
+        name.eq_ignore_ascii_case("localhost")
+            || name.parse().is_ok_and(|address: IpAddr| address.is_loopback())
+    });
+    if is_local { Ok(()) } else { refuse("it was sent to another name than this machine's own") }
 }
 
 #[cfg(test)]

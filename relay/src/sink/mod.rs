@@ -75,6 +75,9 @@ pub enum SinkError {
     /// A database that the configuration does not have.
     #[error("the relay's configuration has no [postgres.{0}]")]
     NoTarget(String),
+    /// A function that the configuration does not let be called.
+    #[error("the function is not among functions of [postgres.{0}]")]
+    Unlisted(String),
 }
 
 impl Sink {
@@ -97,8 +100,13 @@ impl Sink {
                 Ok(Sink::Kafka(Arc::new(sink)))
             }
             Destination::Postgres { target, schema, function } => {
-                let known = outlets.postgres.get(&target).ok_or(SinkError::NoTarget(target))?;
+                let Some(known) = outlets.postgres.get(&target) else {
+                    return Err(SinkError::NoTarget(target));
+                };
                 let function = Function { schema, name: function };
+                if !known.lets_call(&function) {
+                    return Err(SinkError::Unlisted(target));
+                }
                 Ok(Sink::Postgres(Arc::new(PostgresSink::new(
                     known.clone(),
                     function,

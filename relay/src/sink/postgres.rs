@@ -209,6 +209,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
+    use crate::postgres::settings::TargetSettings;
     use crate::source::settings::{Settings, ThisMachine};
 
     struct Item(Event);
@@ -235,7 +236,8 @@ mod tests {
     #[tokio::test]
     async fn what_waits_comes_back_with_an_event_of_its_key_that_failed() {
         let settings = Settings::parse("postgres://u@h/d", &ThisMachine).unwrap();
-        let target = Arc::new(Target::new("stock", settings, 1).unwrap());
+        let settings = TargetSettings { settings, connections: 1, functions: None };
+        let target = Arc::new(Target::new("stock", &settings).unwrap());
         let function = Function { schema: "public".into(), name: "f".into() };
         let sink = PostgresSink::new(target, function, "s", &Options::default(), "/s");
         let mut sender = PostgresSender::new(Arc::new(sink));

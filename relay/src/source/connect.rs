@@ -58,6 +58,11 @@ impl Connector {
         Ok(Connector { session: TARGET_SESSION, ..Connector::new(settings, statement_timeout)? })
     }
 
+    /// What sessions are set to.
+    pub fn session(&self) -> &'static str {
+        self.session
+    }
+
     /// What it connects to.
     pub fn settings(&self) -> &Settings {
         &self.settings

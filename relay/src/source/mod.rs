@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: PostgreSQL
 //! All that knows PostgreSQL: connections, the log's head and pages, cursors, leases, due events, what is parked.
 
+pub mod asking;
 mod batch;
 pub mod connect;
 pub mod cursors;
@@ -24,5 +25,6 @@ pub mod settlement;
 pub mod tail;
 pub mod tls;
 pub mod transactions;
+pub mod unfinished;
 pub mod upkeep;
 pub mod url;

@@ -2,57 +2,23 @@
 //! Global transactions in the database. Whoever works at one asks here; what many ask at a time goes in one statement, while the
 //! next ones gather.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio_postgres::types::{Json, ToSql};
 use tokio_postgres::{Row, Statement};
 
+use super::asking::{Ask, Asked, PAUSE, next, persist_one, prepared};
 use super::error::SourceError;
 use super::link::Link;
+use super::unfinished::{self, Found};
 use crate::calls::schedule::Schedule;
 
-/// Questions of one kind that one statement answers.
-const BATCH: usize = 500;
-/// Bytes of payloads that are held at a time, beside one message whatever its size.
-const ROOM: usize = 32 << 20;
 /// While somebody else holds a row: the first pause and the longest.
 const HELD: Schedule = Schedule::exponential(Duration::from_millis(50), PAUSE, None);
-/// After an error that the connection survived.
-const PAUSE: Duration = Duration::from_secs(1);
-
-/// A transaction that has not ended, as it is stored.
-#[derive(Debug)]
-pub struct Found {
-    /// See there.
-    pub gid: String,
-    /// DTM's name of its kind.
-    pub trans_type: String,
-    /// See `Status`.
-    pub status: String,
-    /// A JSON array.
-    pub branches: String,
-    /// Of each branch.
-    pub payloads: Vec<Option<Vec<u8>>>,
-    /// Who is asked whether it is committed.
-    pub query_prepared: Option<String>,
-    /// A JSON object.
-    pub options: String,
-    /// Passes that failed since it last got ahead.
-    pub failures: u32,
-    /// It was prepared too long ago for anybody to be asked.
-    pub undecidable: bool,
-    /// It has a row in dtm.due.
-    pub waits: bool,
-    /// What dtm.branch has of it: a JSON array.
-    pub known: Option<String>,
-    /// The room that its payloads take, for as long as they are held.
-    pub room: OwnedSemaphorePermit,
-}
 
 /// Transactions that are due, and when the next one is.
 #[derive(Clone, Debug, PartialEq)]
@@ -61,30 +27,6 @@ pub struct Due {
     pub gids: Vec<String>,
     /// From now.
     pub next_in: Option<Duration>,
-}
-
-/// Of whom something is asked, and who waits for the answer.
-type Asked<Q, A> = (Q, oneshot::Sender<A>);
-
-/// Where questions of one kind are asked.
-struct Ask<Q, A>(mpsc::Sender<Asked<Q, A>>);
-
-impl<Q, A> Ask<Q, A> {
-    fn new() -> (Self, mpsc::Receiver<Asked<Q, A>>) {
-        let (asks, asked) = mpsc::channel(BATCH);
-        (Ask(asks), asked)
-    }
-
-    /// Never answers if the session is over: nobody goes on then.
-    async fn ask(&self, question: Q) -> A {
-        let (answers, answer) = oneshot::channel();
-        if self.0.send((question, answers)).await.is_ok()
-            && let Ok(answer) = answer.await
-        {
-            return answer;
-        }
-        std::future::pending().await
-    }
 }
 
 /// The transactions of one database.
@@ -198,134 +140,13 @@ async fn held(tries: &mut u32) {
 /// Answers a store's questions until a connection fails.
 pub async fn follow(reads: Link, writes: Link, counters: Counters) -> Result<Infallible, SourceError> {
     tokio::try_join!(
-        find(&reads, counters.finds),
+        unfinished::find(&reads, counters.finds),
         look(&reads, counters.dues),
         succeed(&writes, counters.ends),
         settle(&writes, counters.settlements),
         revive(&writes, counters.revivals),
     )
     .map(|(never, ..)| never)
-}
-
-/// The next questions, as many as there are. Waits for ever when nobody is left to ask.
-async fn next<Q, A>(asked: &mut mpsc::Receiver<Asked<Q, A>>) -> Vec<Asked<Q, A>> {
-    let mut questions = Vec::new();
-    if asked.recv_many(&mut questions, BATCH).await == 0 {
-        std::future::pending().await
-    }
-    questions
-}
-
-/// Tries until the statement works or the connection fails.
-async fn persist(
-    link: &Link,
-    what: &'static str,
-    statement: &Statement,
-    parameters: &[&(dyn ToSql + Sync)],
-) -> Result<Vec<Row>, SourceError> {
-    loop {
-        match link.query(what, statement, parameters).await {
-            Ok(rows) => return Ok(rows),
-            Err(error) => error.tolerate()?,
-        }
-        tokio::time::sleep(PAUSE).await;
-    }
-}
-
-/// The same of a statement that answers one row.
-async fn persist_one(
-    link: &Link,
-    what: &'static str,
-    statement: &Statement,
-    parameters: &[&(dyn ToSql + Sync)],
-) -> Result<Row, SourceError> {
-    let mut rows = persist(link, what, statement, parameters).await?;
-    rows.pop().ok_or(SourceError::Answer { what, problem: "it answered no row".into() })
-}
-
-async fn find(
-    link: &Link,
-    mut asked: mpsc::Receiver<Asked<String, Option<Found>>>,
-) -> Result<Infallible, SourceError> {
-    const WHAT: &str = "reading transactions";
-    let columns = "gid, trans_type, status, branches, payloads, payload_bytes, query_prepared, options, failures, undecidable, waits, known";
-    let sql = format!("SELECT {columns} FROM dtm.relay_transactions($1, $2)");
-    let mut statement = None;
-    let room = Arc::new(Semaphore::new(ROOM));
-    // Those for whose payloads there was no room.
-    let mut waiting: Vec<Asked<String, Option<Found>>> = Vec::new();
-    loop {
-        let questions =
-            if waiting.is_empty() { next(&mut asked).await } else { std::mem::take(&mut waiting) };
-        some(&room).await;
-        let gids: Vec<&str> = questions.iter().map(|(gid, _)| gid.as_str()).collect();
-        let most = i32::try_from(room.available_permits()).unwrap_or(i32::MAX);
-        let statement = prepared(link, WHAT, &sql, &mut statement).await?;
-        let rows = persist(link, WHAT, statement, &[&gids, &most]).await?;
-        let mut found: HashMap<&str, &Row> = rows.iter().map(|row| (row.get(0), row)).collect();
-        for (gid, answers) in questions {
-            match found.remove(gid.as_str()).map(|found| (found, found.get::<_, Option<_>>("payloads"))) {
-                None => drop(answers.send(None)),
-                Some((_, None)) => waiting.push((gid, answers)),
-                Some((found, Some(payloads))) => {
-                    let taken = take(&room, found.get("payload_bytes")).await;
-                    let _ = answers.send(Some(read(gid, found, payloads, taken)));
-                }
-            }
-        }
-    }
-}
-
-/// Waits until there is some room.
-async fn some(room: &Arc<Semaphore>) {
-    drop(take(room, 1).await);
-}
-
-/// Takes so much, or all where it is not enough for one.
-async fn take(room: &Arc<Semaphore>, bytes: i32) -> OwnedSemaphorePermit {
-    let bytes = usize::try_from(bytes).unwrap_or(0).min(ROOM);
-    match room.clone().acquire_many_owned(u32::try_from(bytes).unwrap_or(u32::MAX)).await {
-        Ok(taken) => taken,
-        // It is never closed.
-        Err(_) => std::future::pending().await,
-    }
-}
-
-fn read(gid: String, row: &Row, payloads: Vec<Option<Vec<u8>>>, room: OwnedSemaphorePermit) -> Found {
-    Found {
-        gid,
-        trans_type: row.get("trans_type"),
-        status: row.get("status"),
-        branches: row.get("branches"),
-        payloads,
-        query_prepared: row.get("query_prepared"),
-        options: row.get("options"),
-        failures: u32::try_from(row.get::<_, i32>("failures")).unwrap_or(0),
-        undecidable: row.get("undecidable"),
-        waits: row.get("waits"),
-        known: row.get("known"),
-        room,
-    }
-}
-
-/// Prepared when it is first needed: a relay of a database without transactions never does.
-async fn prepared<'a>(
-    link: &Link,
-    what: &'static str,
-    sql: &str,
-    statement: &'a mut Option<Statement>,
-) -> Result<&'a Statement, SourceError> {
-    let made = match statement.take() {
-        Some(made) => made,
-        None => loop {
-            match link.prepare(what, sql).await {
-                Ok(made) => break made,
-                Err(error) => error.tolerate()?,
-            }
-            tokio::time::sleep(PAUSE).await;
-        },
-    };
-    Ok(statement.insert(made))
 }
 
 async fn look(link: &Link, mut asked: mpsc::Receiver<Asked<Wanted, Due>>) -> Result<Infallible, SourceError> {

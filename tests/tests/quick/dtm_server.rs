@@ -103,6 +103,12 @@ async fn submitting_again_what_is_being_called_neither_calls_it_twice_nor_loses_
         let waited = server.post("submit", &message).await;
         assert_eq!((waited.status, &waited.json()["dtm_result"]), (425, &json!("ONGOING")), "{waited:?}");
     }
+    // Wherever they stand in it, also in the answer of whoever knows that the business transaction is rolled back.
+    let far = format!("{{\"x\": \"{}\", \"dtm_result\": \"FAILURE\"}}", "y".repeat(30_000));
+    receiver.behave(move |_| Reply::Body(200, far.clone()));
+    let asked = with(self::message("asked", &receiver), "timeout_to_fail", json!(1));
+    assert_eq!(server.post("prepare", &asked).await.status, 200);
+    server.wait_for_status("asked", "failed").await;
     receiver.behave(|_| Reply::status(200));
     for gid in ["created", "ongoing"] {
         assert_eq!(server.post("resetNextCronTime", &json!({"gid": gid})).await.status, 200);

@@ -53,6 +53,10 @@ async fn what_is_wrong_is_refused_with_its_reason() {
         assert_eq!(refused.status, status, "{name} {refused:?}");
         assert!(refused.json()["message"].as_str().is_some_and(|why| why.len() > 10), "{refused:?}");
     }
+    for (name, value) in [("origin", "https://evil.example"), ("host", "evil.example")] {
+        let refused = server.call_with("/api/dtmsvr/submit", (name, value), good.to_string()).await;
+        assert_eq!(refused.status, 403, "{name} {refused:?}");
+    }
     let broken = server.call(Method::POST, "/api/dtmsvr/submit", "{").await;
     assert_eq!((broken.status, broken.text.contains("cannot be read")), (400, true), "{broken:?}");
     let large = server.call(Method::POST, "/api/dtmsvr/submit", vec![b' '; 5 << 20]).await;

@@ -335,6 +335,63 @@ async fn a_service_that_does_not_answer_holds_up_no_message_to_others() {
     assert!(hangs.count() <= 128, "{} calls at a time", hangs.count());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_fails_again_and_again_does_not_hold_up_what_the_same_service_takes() {
+    let (cluster, client) = shop().await;
+    let receiver = Receiver::start_with(|request| match request.body.starts_with(b"0") {
+        true => Reply::status(500),
+        false => Reply::status(200),
+    })
+    .await;
+    let _relay = Relay::start(&cluster.url("shop"));
+    let send = |payload: &str, gid: &str| {
+        let steps = format!(r#"[{{"action": "{}", "payload": {payload}}}]"#, receiver.url());
+        format!(r#"SELECT dtm.msg_send('{steps}', {gid}, '{{"retry_interval": 0.1}}')"#)
+    };
+    let many = format!("{} FROM generate_series(1, 100) n", send("0", "'bad' || n"));
+    client.batch_execute(&many).await.expect("msg_send");
+    wait_for(&client, "SELECT (min(attempts) >= 1)::text FROM dtm.branches", "true").await;
+    client.batch_execute(&send("1", "'good'")).await.expect("msg_send");
+    status_is(&client, "good", "succeed").await;
+    // From now on it is known that they fail by their own fault.
+    let calls = |from: usize| receiver.received()[from..].iter().filter(|r| r.body.starts_with(b"0")).count();
+    let mark = receiver.count();
+    for n in 0..40 {
+        client.batch_execute(&send("1", &format!("'good{n}'"))).await.expect("msg_send");
+        status_is(&client, &format!("good{n}"), "succeed").await;
+    }
+    assert!(calls(mark) < 3 * 40, "{} calls of others between 40", calls(mark));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_hurried_before_its_time() {
+    let (cluster, client) = shop().await;
+    let receiver = Receiver::start_with(|_| Reply::status(409)).await;
+    let _relay = Relay::start(&cluster.url("shop"));
+    let step = format!(r#"'[{{"action": "{}"}}]'"#, receiver.url());
+    let sql = format!(
+        "SELECT dtm.msg_send({step}, 'delayed', '{{\"delay\": 2}}');
+         SELECT dtm.msg_prepare('prepared', {step}, '{}', '{{\"timeout_to_fail\": 2}}');
+         SELECT dtm.retry_now('delayed'); SELECT dtm.retry_now('prepared')",
+        receiver.url()
+    );
+    client.batch_execute(&sql).await.expect("messages");
+    receiver.wait_for(2).await;
+    let early =
+        "SELECT count(*)::text FROM dtm.transactions WHERE created_at > clock_timestamp() - interval '2 s'";
+    wait_for(&client, early, "0").await;
+    let first = receiver.received().iter().map(|request| request.at).min().expect("a call");
+    let since: f64 = client
+        .query_one(
+            "SELECT extract(epoch FROM clock_timestamp() - min(created_at))::float8 FROM dtm.transactions",
+            &[],
+        )
+        .await
+        .expect("an age")
+        .get(0);
+    assert!(first.elapsed().as_secs_f64() < since - 1.9, "called before its time");
+}
+
 #[tokio::test]
 async fn what_has_ended_is_purged_whatever_stands_still_before_it() {
     let (_cluster, client) = shop().await;
@@ -375,6 +432,22 @@ async fn wrong_messages_are_refused_with_a_reason_and_leave_nothing() {
         (format!("dtm.msg_prepare('g', '{good}', 'postgres://stock/app.book')"), "22023"),
         (format!("dtm.msg_send('{good}', 'g', '{{\"retry_interval\": \"0s\"}}')"), "22023"),
         (r#"dtm.msg_send('[{"action": "topic://odd"}]')"#.to_owned(), "22023"),
+        (r#"dtm.msg_send('[{"action": "https://h/x", "more": 1e400}]')"#.to_owned(), "22023"),
+        (
+            format!("dtm.msg_send('[{{\"action\": \"kafka://m/t\", \"key\": \"{}\"}}]')", "k".repeat(2_000)),
+            "22023",
+        ),
+        (
+            format!(
+                "dtm.msg_send('[{{\"action\": \"https://h/x\", \"payload\": \"{}\"}}]')",
+                "p".repeat(1_100_000)
+            ),
+            "54000",
+        ),
+        (
+            format!("dtm.msg_prepare('g', '{good}', 'https://h/ask', '{{\"timeout_to_fail\": \"20d\"}}')"),
+            "22023",
+        ),
         (format!("dtm.msg_prepare(NULL, '{good}', 'https://h/ask')"), "22023"),
         ("dtm.msg_submit('nobody')".to_owned(), "42704"),
         ("dtm.msg_abort(NULL)".to_owned(), "42704"),

@@ -154,3 +154,52 @@ async fn check_tries_each_target_also_one_that_no_subscription_names() {
         assert!(!succeeded && printed.contains(problem), "{printed}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_function_sets_or_locks_in_its_session_is_not_the_next_ones() {
+    let site = Site::start().await;
+    let (client, stock) = (site.client().await, site.at_stock().await);
+    let functions = "
+        CREATE TABLE seen (gid text, tenant text);
+        GRANT ALL ON seen TO relay;
+        CREATE FUNCTION leave(gid text, branch_id text, op text, payload jsonb) RETURNS void LANGUAGE plpgsql AS $$
+        BEGIN
+            INSERT INTO seen VALUES (gid, current_setting('app.tenant', true));
+            PERFORM set_config('app.tenant', 'theirs', false), set_config('search_path', 'nowhere', false);
+            PERFORM set_config('default_transaction_read_only', 'on', false), pg_advisory_lock(42);
+        END $$;";
+    stock.batch_execute(functions).await.expect("functions");
+    for n in 0..12 {
+        let sql = format!(
+            r#"SELECT dtm.msg_send('[{{"action": "postgres://stock/public.leave"}}]', 'm{n}', '{{"retry_interval": 0.1}}')"#
+        );
+        client.batch_execute(&sql).await.expect("msg_send");
+    }
+    let open = "SELECT count(*) FROM dtm.transactions WHERE status <> 'succeed'";
+    asking::wait(&client, open, |open| open == 0).await;
+    assert_eq!(asking::number(&stock, "SELECT count(*) FROM seen").await, 12);
+    assert_eq!(asking::number(&stock, "SELECT count(*) FROM seen WHERE tenant <> ''").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_function_is_called_that_is_strict_and_none_that_the_configuration_does_not_list() {
+    let site = Site::start_with(Cluster::builder().start().await, |stock| {
+        format!("{}\"\nfunctions = [\"listed.*\"]\n#", stock.url_as("relay", "stock"))
+    })
+    .await;
+    let (client, stock) = (site.client().await, site.at_stock().await);
+    let functions = "CREATE SCHEMA listed; GRANT USAGE ON SCHEMA listed TO relay;
+        CREATE FUNCTION listed.strict(gid text, branch_id text, op text, payload jsonb) RETURNS void STRICT LANGUAGE sql
+            AS 'INSERT INTO public.taken (id, key) VALUES (gid, payload::text)'";
+    stock.batch_execute(functions).await.expect("functions");
+    for function in ["listed.strict", "public.take"] {
+        let sql = format!(
+            r#"SELECT dtm.msg_send('[{{"action": "postgres://stock/{function}"}}]', '{function}', '{{"retry_interval": 0.1}}')"#
+        );
+        client.batch_execute(&sql).await.expect("msg_send");
+    }
+    asking::wait(&stock, "SELECT count(*) FROM taken WHERE key = 'null'", |taken| taken == 1).await;
+    let refused = "SELECT count(*) FROM dtm.transactions WHERE last_error LIKE '%not among functions of [postgres.stock]%'";
+    asking::wait(&client, refused, |refused| refused == 1).await;
+    assert_eq!(asking::number(&stock, "SELECT count(*) FROM taken").await, 1);
+}
