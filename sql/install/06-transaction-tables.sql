@@ -42,11 +42,12 @@ CREATE TABLE dtm.branch (
 
 -- What is done when its time has come.
 CREATE TABLE dtm.due (
-    gid      text        PRIMARY KEY,
-    due_at   timestamptz NOT NULL,
-    endpoint text                          -- whose turn it waits for: no more are taken up than that takes
+    gid           text        PRIMARY KEY,
+    due_at        timestamptz NOT NULL,
+    endpoint      text,                         -- whose turn it waits for: no more are taken up than that takes
+    failed_before boolean     NOT NULL DEFAULT false -- it may be to blame itself
 );
-CREATE INDEX due_endpoint_due_at ON dtm.due (endpoint, due_at);
+CREATE INDEX due_endpoint ON dtm.due (endpoint, failed_before, due_at);
 
 SELECT pg_catalog.pg_extension_config_dump('dtm.transaction_id_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('dtm.transaction', '');

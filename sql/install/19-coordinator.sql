@@ -61,7 +61,8 @@ END;
 
 -- What is due in the shards that a relay owns, but for what it is at already, and in how many seconds the next is. Of what waits
 -- for one of these endpoints no more than it has room for, of any other no more than usual: those that are down, or slow, take
--- nothing from the others, however much waits for them.
+-- nothing from the others, however much waits for them. By turns of what was not called yet and of what has failed: whether the
+-- endpoint works, the former can tell better.
 CREATE FUNCTION dtm.relay_due_transactions(
     shards int, own int[], busy text[], max_rows int, endpoints text[], rooms int[], usual int, OUT gids text[], OUT next_in float8
 )
@@ -83,11 +84,15 @@ BEGIN
         FROM waited_for w
         LEFT JOIN unnest(endpoints, rooms) AS r (endpoint, room) ON r.endpoint = w.endpoint
         CROSS JOIN LATERAL (
-            SELECT d.gid, d.due_at, row_number() OVER (ORDER BY d.due_at) AS nth
-            FROM dtm.due d
-            WHERE d.endpoint = w.endpoint AND d.due_at <= clock_timestamp() AND d.gid <> ALL (busy)
-              AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
-            ORDER BY d.due_at LIMIT coalesce(r.room, usual)) f
+            SELECT k.gid, k.due_at, k.nth
+            FROM (VALUES (false), (true)) AS kind (failed_before)
+            CROSS JOIN LATERAL (
+                SELECT d.gid, d.due_at, row_number() OVER (ORDER BY d.due_at) AS nth
+                FROM dtm.due d
+                WHERE d.endpoint = w.endpoint AND d.failed_before = kind.failed_before AND d.due_at <= clock_timestamp()
+                  AND d.gid <> ALL (busy) AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
+                ORDER BY d.due_at LIMIT coalesce(r.room, usual)) k
+            ORDER BY k.nth, kind.failed_before LIMIT coalesce(r.room, usual)) f
         WHERE w.endpoint IS NOT NULL
     )
     SELECT coalesce(array_agg(f.gid ORDER BY f.nth, f.due_at), '{}') INTO gids
@@ -157,10 +162,11 @@ BEGIN
         WHERE t.gid = s.gid
         RETURNING t.gid
     ), waits AS (
-        INSERT INTO dtm.due AS d (gid, due_at, endpoint)
-        SELECT s.gid, clock_timestamp() + make_interval(secs => s.retry_in), s.endpoint
+        INSERT INTO dtm.due AS d (gid, due_at, endpoint, failed_before)
+        SELECT s.gid, clock_timestamp() + make_interval(secs => s.retry_in), s.endpoint, s.failures > 0
         FROM settlement s JOIN moved m ON m.gid = s.gid WHERE s.retry_in IS NOT NULL
-        ON CONFLICT ON CONSTRAINT due_pkey DO UPDATE SET due_at = excluded.due_at, endpoint = excluded.endpoint
+        ON CONFLICT ON CONSTRAINT due_pkey DO UPDATE
+        SET due_at = excluded.due_at, endpoint = excluded.endpoint, failed_before = excluded.failed_before
         WHERE d.due_at NOT BETWEEN clock_timestamp() - make_interval(
             secs => (SELECT coalesce(s.took, 0) FROM settlement s WHERE s.gid = d.gid)) AND clock_timestamp()
     ), over AS (

@@ -136,12 +136,13 @@ impl Endpoints {
         let mut known = self.lock();
         let all = known.load;
         let found = known.endpoint(endpoint);
-        if !found.circuit.admits(&gid.to_owned(), found.load.calls, now) {
-            if found.circuit.may_probe(now) && found.load.calls == 0 {
-                // All that come by have had their turn.
-                found.circuit.begin_turns();
+        let gid = gid.to_owned();
+        if !found.circuit.admits(&gid, found.load.calls, now) {
+            if !found.circuit.may_probe(now) || found.load.calls > 0 {
+                return Admission::Down;
             }
-            return Admission::Down;
+            // All that come by have had their turn.
+            found.circuit.begin_turns();
         }
         if !found.load.takes(bytes, all) {
             return Admission::Full;
