@@ -274,8 +274,12 @@ impl Caller {
         let sink = KafkaSink::new(known.clone(), topic, &options, &self.outlets.secrets, &self.source)?;
         let mut sender = KafkaSender::new(Arc::new(sink));
         sender.send(Record(event_of(&call)));
-        let answer = sender.answers().await.pop();
-        Ok(answer.map_or_else(|| Outcome::without_answer(Class::Failed, "no answer"), |(_, outcome)| outcome))
+        // It has to find the topic first, and a producer.
+        loop {
+            if let Some((_, outcome)) = sender.answers().await.pop() {
+                return Ok(outcome);
+            }
+        }
     }
 }
 

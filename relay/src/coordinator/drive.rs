@@ -296,6 +296,7 @@ fn tell(transaction: &Transaction, settlement: &Settlement) {
             };
             tracing::error!(gid, hint, "the transaction stands still: {error}");
         }
+        Then::Again { .. } if settlement.waits_its_turn => {}
         Then::Again { .. } if failures >= ALARM_AFTER && failures.is_power_of_two() => {
             tracing::warn!(gid, failures, "the transaction goes on failing: {error}");
         }

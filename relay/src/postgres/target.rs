@@ -25,7 +25,7 @@ const CALL_EVENTS: &str = "SELECT n, state, message FROM dtm.call_events($1, $2,
 const CALL_BRANCH: &str = "SELECT dtm.call_branch($1, $2, $3, $4, $5, $6, $7)";
 /// Not of one that was prepared so long ago that its barrier may have been forgotten there.
 const QUERY_PREPARED: &str = "SELECT CASE WHEN pg_catalog.make_interval(secs => $2)
-    OPERATOR(pg_catalog.<) dtm.barriers_kept() OPERATOR(pg_catalog./) 2 THEN dtm.query_prepared($1) END";
+    OPERATOR(pg_catalog.<) (dtm.barriers_kept() OPERATOR(pg_catalog./) 2) THEN dtm.query_prepared($1) END";
 /// Whatever functions have left behind in a session: what one sets, locks or holds is not the next one's.
 const RESET: &str = "RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL; CLOSE ALL; UNLISTEN *; DISCARD TEMP;
     SELECT pg_catalog.pg_advisory_unlock_all()";
