@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use http::Uri;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use crate::destination::{Destination, DestinationError};
@@ -130,22 +131,49 @@ pub enum TransactionError {
     },
 }
 
-/// Checks the steps of a transaction.
-pub fn check_steps(json: &Value) -> Result<(), TransactionError> {
-    let steps = json.as_array().filter(|steps| (1..=STEPS_MAX).contains(&steps.len()));
-    for (at, step) in steps.ok_or(TransactionError::Steps)?.iter().enumerate() {
-        check_step(at + 1, step.as_object().ok_or(TransactionError::Steps)?)?;
-    }
-    Ok(())
+/// What steps are made into.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Branches {
+    /// An array of objects: a step's members but for its payload, `branch_id`, which is 01, 02 and so on, and `op`.
+    pub json: Value,
+    /// Of each branch, as JSON text; `None`: the step has none.
+    pub payloads: Vec<Option<String>>,
+    /// Some of them call `topic://`.
+    pub has_topics: bool,
 }
 
-fn check_step(step: usize, object: &Map<String, Value>) -> Result<(), TransactionError> {
+/// Checks the steps of a transaction, which are JSON. Payloads are passed on as they are: what the database takes for a number may
+/// be none to others.
+pub fn branches(steps: &str) -> Result<Branches, TransactionError> {
+    let steps: Vec<BTreeMap<String, &RawValue>> =
+        serde_json::from_str(steps).map_err(|_| TransactionError::Steps)?;
+    if !(1..=STEPS_MAX).contains(&steps.len()) {
+        return Err(TransactionError::Steps);
+    }
+    let mut branches = Branches { json: Value::Null, payloads: Vec::new(), has_topics: false };
+    let mut array = Vec::new();
+    for (at, mut step) in steps.into_iter().enumerate() {
+        branches.payloads.push(step.remove("payload").map(|payload| payload.get().to_owned()));
+        let members = step.into_iter().map(|(name, value)| Ok((name, serde_json::from_str(value.get())?)));
+        let members: Result<Map<String, Value>, serde_json::Error> = members.collect();
+        let mut branch = members.map_err(|_| TransactionError::Steps)?;
+        branches.has_topics |= check_step(at + 1, &branch)?;
+        branch.insert("branch_id".into(), format!("{:02}", at + 1).into());
+        branch.insert("op".into(), "action".into());
+        array.push(Value::Object(branch));
+    }
+    branches.json = Value::Array(array);
+    Ok(branches)
+}
+
+/// Answers whether it calls a topic.
+fn check_step(step: usize, object: &Map<String, Value>) -> Result<bool, TransactionError> {
     let text = object.get("action").and_then(Value::as_str).ok_or(TransactionError::NoAction(step))?;
     let action = Action::parse(text).map_err(|error| TransactionError::Action { step, error })?;
     let is_record = matches!(action, Action::Call(Destination::Kafka { .. }));
     for (name, value) in object {
         match name.as_str() {
-            "action" | "payload" => {}
+            "action" => {}
             "key" if is_record && value.as_str().is_some_and(|key| key.len() <= KEY_BYTES_MAX) => {}
             "headers" if is_record && headers(value).is_some_and(|_| is_small(value)) => {}
             "key" => return Err(TransactionError::Record { step, name: "key" }),
@@ -153,7 +181,7 @@ fn check_step(step: usize, object: &Map<String, Value>) -> Result<(), Transactio
             _ => return Err(TransactionError::Member { step, name: name.clone() }),
         }
     }
-    Ok(())
+    Ok(matches!(action, Action::Topic(_)))
 }
 
 /// Every option of a transaction with what it takes, for hints. The names are DTM's.
@@ -275,7 +303,24 @@ mod tests {
             {"action": "topic://paid", "payload": null},
             {"action": "kafka://main/orders", "payload": 1, "key": "7", "headers": {"a": "b"}},
         ]);
-        assert_eq!(check_steps(&good), Ok(()));
+        let made = branches(&good.to_string()).unwrap();
+        assert_eq!(
+            made.payloads,
+            [Some("{\"id\":1}"), None, Some("null"), Some("1")].map(|p| p.map(str::to_owned))
+        );
+        assert_eq!(
+            made.json[3],
+            json!({"action": "kafka://main/orders", "key": "7", "headers": {"a": "b"},
+                                        "branch_id": "04", "op": "action"})
+        );
+        assert!(made.has_topics);
+    }
+
+    #[test]
+    fn a_payload_is_passed_on_as_it_is() {
+        let deep = "[".repeat(5_000) + "1e400" + &"]".repeat(5_000);
+        let made = branches(&format!(r#"[{{"action": "http://h/", "payload": {deep}}}]"#)).unwrap();
+        assert_eq!((made.payloads, made.has_topics), (vec![Some(deep)], false));
     }
 
     #[test]
@@ -299,7 +344,7 @@ mod tests {
             ),
             (json!([{"action": "http://h/", "data": 1}]), E::Member { step: 1, name: "data".into() }),
         ] {
-            assert_eq!(check_steps(&bad), Err(error), "{bad}");
+            assert_eq!(branches(&bad.to_string()), Err(error), "{bad}");
         }
     }
 

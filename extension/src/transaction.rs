@@ -60,9 +60,20 @@ fn json(bytes: Option<&[u8]>, what: &str) -> Result<serde_json::Value, Refusal> 
     })
 }
 
+/// Checks steps, and makes branches of them: a JSON array, the payload of each, and whether some call message topics.
 #[pg_extern]
-fn check_steps(steps: Option<&[u8]>) -> Result<(), ErrorReport> {
-    transaction::check_steps(&json(steps, "steps")?).map_err(|error| wrong_steps(error).into())
+fn branches_of_steps(
+    steps: Option<&[u8]>,
+) -> Result<
+    TableIterator<
+        'static,
+        (name!(branches, Vec<u8>), name!(payloads, Vec<Option<Vec<u8>>>), name!(has_topics, bool)),
+    >,
+    ErrorReport,
+> {
+    let made = transaction::branches(text(steps.unwrap_or_default(), "steps")?).map_err(wrong_steps)?;
+    let payloads = made.payloads.into_iter().map(|payload| payload.map(String::into_bytes)).collect();
+    Ok(TableIterator::once((made.json.to_string().into_bytes(), payloads, made.has_topics)))
 }
 
 /// Checks what a message topic's subscriber is called by.

@@ -7,8 +7,9 @@ LANGUAGE c VOLATILE PARALLEL SAFE AS 'MODULE_PATHNAME', 'new_gid_wrapper';
 -- Checks in Rust take texts in UTF-8, whatever the database's encoding is.
 CREATE FUNCTION dtm.check_gid(gid bytea) RETURNS void
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_gid_wrapper';
-CREATE FUNCTION dtm.check_steps(steps bytea) RETURNS void
-LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'check_steps_wrapper';
+-- Checks steps; answers a JSON array of branches, numbered as DTM does: 01, 02, and their payloads.
+CREATE FUNCTION dtm.branches_of_steps(steps bytea) RETURNS TABLE (branches bytea, payloads bytea[], has_topics boolean)
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'branches_of_steps_wrapper';
 CREATE FUNCTION dtm.check_action(action bytea) RETURNS void
 LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'check_action_wrapper';
 CREATE FUNCTION dtm.check_query_prepared(query_prepared bytea) RETURNS void
@@ -19,17 +20,6 @@ CREATE FUNCTION dtm.check_transaction_options(options jsonb) RETURNS TABLE (dela
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
     SELECT o.delay, o.timeout_to_fail FROM dtm.read_transaction_options(convert_to(options::text, 'UTF8')) o;
-END;
-
--- Steps without their payloads, which are whatever the database takes for JSON.
-CREATE FUNCTION dtm.bare_steps(steps jsonb) RETURNS bytea
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-    SELECT convert_to(CASE jsonb_typeof(steps)
-        WHEN 'array' THEN (
-            SELECT coalesce(jsonb_agg(CASE jsonb_typeof(s.step) WHEN 'object' THEN s.step - 'payload' ELSE s.step END ORDER BY s.n), '[]')
-            FROM jsonb_array_elements(steps) WITH ORDINALITY AS s (step, n))
-        ELSE steps END::text, 'UTF8');
 END;
 
 -- Not before then is anything called: a delayed message's services, or who is asked about a prepared one.
@@ -50,23 +40,16 @@ CREATE TABLE dtm.msg_topics (
 );
 SELECT pg_catalog.pg_extension_config_dump('dtm.msg_topics', '');
 
--- Two digits as DTM's, or as many as it takes.
-CREATE FUNCTION dtm.branch_number(n bigint) RETURNS text
-LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-    SELECT lpad(n::text, greatest(2, length(n::text)), '0');
-END;
-
--- The branches of steps, numbered as DTM does: 01, 02, and where a topic has several subscribers 01-01, 01-02.
-CREATE FUNCTION dtm.branches_of_steps(steps jsonb, bodies bytea[], OUT branches jsonb, OUT payloads bytea[])
+-- Branches with the subscribers of message topics in the place of those: where there are several, 01 becomes 01-01, 01-02.
+CREATE FUNCTION dtm.branches_of_topics(INOUT branches jsonb, INOUT payloads bytea[])
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     lonely text;
 BEGIN
-    SELECT s.step ->> 'action' INTO lonely
-    FROM jsonb_array_elements(steps) AS s (step)
-    WHERE s.step ->> 'action' LIKE 'topic://%'
-      AND NOT EXISTS (SELECT FROM dtm.msg_topics m WHERE 'topic://' || m.topic = s.step ->> 'action')
+    SELECT b.branch ->> 'action' INTO lonely
+    FROM jsonb_array_elements(branches) AS b (branch)
+    WHERE b.branch ->> 'action' LIKE 'topic://%'
+      AND NOT EXISTS (SELECT FROM dtm.msg_topics m WHERE 'topic://' || m.topic = b.branch ->> 'action')
     LIMIT 1;
     IF lonely IS NOT NULL THEN
         RAISE EXCEPTION USING
@@ -76,19 +59,20 @@ BEGIN
             HINT = 'Insert its subscribers into dtm.msg_topics first.';
     END IF;
     PERFORM dtm.check_action(convert_to(m.url, 'UTF8')) FROM dtm.msg_topics m
-    WHERE 'topic://' || m.topic IN (SELECT s.step ->> 'action' FROM jsonb_array_elements(steps) AS s (step));
-    SELECT jsonb_agg((s.step - 'payload' - 'action') || jsonb_build_object(
-               'branch_id', dtm.branch_number(s.n) || CASE WHEN t.among > 1 THEN '-' || dtm.branch_number(t.nth) ELSE '' END,
-               'op', 'action', 'action', coalesce(t.url, s.step ->> 'action')) ORDER BY s.n, t.nth),
-           array_agg(CASE WHEN bodies IS NULL THEN convert_to((s.step -> 'payload')::text, 'UTF8') ELSE bodies[s.n] END
-                     ORDER BY s.n, t.nth)
+    WHERE 'topic://' || m.topic IN (SELECT b.branch ->> 'action' FROM jsonb_array_elements(branches) AS b (branch));
+    SELECT jsonb_agg(CASE
+               WHEN t.url IS NULL THEN b.branch
+               ELSE b.branch || jsonb_build_object('action', t.url, 'branch_id', (b.branch ->> 'branch_id')
+                   || CASE WHEN t.among > 1 THEN '-' || lpad(t.nth::text, greatest(2, length(t.nth::text)), '0') ELSE '' END)
+           END ORDER BY b.n, t.nth),
+           array_agg(payloads[b.n] ORDER BY b.n, t.nth)
     INTO branches, payloads
-    FROM jsonb_array_elements(steps) WITH ORDINALITY AS s (step, n)
+    FROM jsonb_array_elements(branches) WITH ORDINALITY AS b (branch, n)
     LEFT JOIN (
         SELECT 'topic://' || m.topic AS action, m.url, row_number() OVER subscribers AS nth,
                count(*) OVER (PARTITION BY m.topic) AS among
         FROM dtm.msg_topics m WINDOW subscribers AS (PARTITION BY m.topic ORDER BY m.created_at, m.url)) t
-    ON t.action = s.step ->> 'action';
+    ON t.action = b.branch ->> 'action';
     IF jsonb_array_length(branches) > 1000 THEN
         RAISE EXCEPTION USING
             ERRCODE = 'program_limit_exceeded',
@@ -111,9 +95,12 @@ DECLARE
     wait float8;
 BEGIN
     PERFORM dtm.check_gid(convert_to(gid, 'UTF8'));
-    PERFORM dtm.check_steps(dtm.bare_steps(steps));
-    SELECT * INTO known FROM dtm.check_transaction_options(options);
-    SELECT * INTO expanded FROM dtm.branches_of_steps(steps, bodies);
+    SELECT convert_from(b.branches, 'UTF8')::jsonb AS branches, coalesce(bodies, b.payloads) AS payloads, b.has_topics
+    INTO expanded FROM dtm.branches_of_steps(convert_to(steps::text, 'UTF8')) AS b;
+    IF expanded.has_topics THEN
+        SELECT t.branches, t.payloads INTO expanded FROM dtm.branches_of_topics(expanded.branches, expanded.payloads) AS t;
+    END IF;
+    SELECT * INTO known FROM dtm.read_transaction_options(convert_to(options::text, 'UTF8'));
     SELECT coalesce(sum(length(p)), 0) + length(expanded.branches::text) + length(options::text) INTO size
     FROM unnest(expanded.payloads) AS p;
     IF size > pg_size_bytes(current_setting('dtm.max_payload')) THEN
@@ -134,20 +121,13 @@ BEGIN
     END IF;
     INSERT INTO dtm.transaction (gid, trans_type, status, branches, payloads, payload_bytes, query_prepared, options)
     VALUES (insert_message.gid, 'msg', insert_message.status, expanded.branches, expanded.payloads, size,
-            insert_message.query_prepared, insert_message.options)
-    ON CONFLICT ON CONSTRAINT transaction_pkey DO NOTHING;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION USING
-            ERRCODE = 'unique_violation',
-            MESSAGE = 'there is a transaction of this gid',
-            DETAIL = format('The gid is %s.', quote_literal(gid)),
-            HINT = 'If this is a retry after a COMMIT whose answer was lost, that was committed: do not repeat its work.';
-    END IF;
+            insert_message.query_prepared, insert_message.options);
     wait := CASE status WHEN 'prepared' THEN known.timeout_to_fail ELSE known.delay END;
     IF wait > 0 THEN
         INSERT INTO dtm.due (gid, due_at) VALUES (insert_message.gid, clock_timestamp() + make_interval(secs => wait));
     ELSE
-        PERFORM dtm.announce(gid);
+        -- As dtm.announce, which would cost as much again.
+        PERFORM dtm.append(gen_random_uuid(), 'dtm.transactions', gid, NULL, NULL, NULL);
     END IF;
 END
 $$;

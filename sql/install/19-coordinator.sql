@@ -39,9 +39,11 @@ $$;
 CREATE FUNCTION dtm.relay_transactions(gids text[], max_bytes int)
 RETURNS TABLE (gid text, trans_type text, status text, branches text, payloads bytea[], payload_bytes int, query_prepared text,
                options text, age float8, failures int, undecidable boolean, waits boolean, known text)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET jit = off
-BEGIN ATOMIC
-    SELECT t.gid, t.trans_type, t.status, t.branches::text,
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+#variable_conflict use_column
+BEGIN
+    -- In PL/pgSQL the plan is kept: to make it takes longer than to run it.
+    RETURN QUERY SELECT t.gid, t.trans_type, t.status, t.branches::text,
            CASE WHEN sum(t.payload_bytes) OVER smaller <= max_bytes OR row_number() OVER older = 1 THEN t.payloads END,
            t.payload_bytes, t.query_prepared, t.options::text,
            extract(epoch FROM clock_timestamp() - t.created_at)::float8, t.failures,
@@ -57,7 +59,8 @@ BEGIN ATOMIC
     FROM dtm.transaction t
     WHERE t.gid = ANY (gids) AND t.status IN ('prepared', 'submitted', 'aborting') AND t.stuck_since IS NULL
     WINDOW smaller AS (ORDER BY t.payload_bytes, t.id), older AS (ORDER BY t.id);
-END;
+END
+$$;
 
 -- What is due in the shards that a relay owns, but for what it is at already, and in how many seconds the next is. Of what waits
 -- for one of these endpoints no more than it has room for, of any other no more than usual: those that are down, or slow, take
@@ -140,7 +143,7 @@ END
 $$;
 
 -- What came of passes that were not all success. Each is an object: gid, "from" (the status it leaves), "to", reason, failures,
--- retry_in (seconds; null: it waits for nothing), endpoint, error, stuck, took (seconds since it was read: what was hurried
+-- retry_in (seconds; null: it waits for nothing), endpoint, failed_before, error, stuck, took (seconds since it was read: what was hurried
 -- since then is tried again at once), and branches: those that something came of. stored: those
 -- that still had the status they leave; held: those that still have it, but somebody's open transaction holds their rows.
 CREATE FUNCTION dtm.relay_settle(settlements jsonb, OUT stored text[], OUT held text[])
@@ -149,7 +152,7 @@ BEGIN
     WITH settlement AS MATERIALIZED (
         SELECT * FROM jsonb_to_recordset(settlements) AS s (
             gid text, "from" text, "to" text, reason text, failures int, retry_in float8, endpoint text, error text, stuck boolean,
-            took float8)
+            failed_before boolean, took float8)
     ), free AS MATERIALIZED (
         SELECT t.gid FROM dtm.transaction t JOIN settlement s ON s.gid = t.gid AND s."from" = t.status
         FOR UPDATE OF t SKIP LOCKED
@@ -163,7 +166,7 @@ BEGIN
         RETURNING t.gid
     ), waits AS (
         INSERT INTO dtm.due AS d (gid, due_at, endpoint, failed_before)
-        SELECT s.gid, clock_timestamp() + make_interval(secs => s.retry_in), s.endpoint, s.failures > 0
+        SELECT s.gid, clock_timestamp() + make_interval(secs => s.retry_in), s.endpoint, coalesce(s.failed_before, false)
         FROM settlement s JOIN moved m ON m.gid = s.gid WHERE s.retry_in IS NOT NULL
         ON CONFLICT ON CONSTRAINT due_pkey DO UPDATE
         SET due_at = excluded.due_at, endpoint = excluded.endpoint, failed_before = excluded.failed_before

@@ -182,3 +182,9 @@ BEGIN ATOMIC
         'next_position', CASE WHEN count(*) = max_rows THEN min(p.id)::text ELSE '' END)
     FROM page p;
 END;
+
+CREATE FUNCTION dtm.server_waiting(OUT waiting bigint, OUT stuck bigint)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT (SELECT count(*) FROM dtm.due), (SELECT count(*) FROM dtm.transaction t WHERE t.stuck_since IS NOT NULL);
+END;

@@ -258,7 +258,7 @@ impl Coordinator {
             "gid": transaction.gid, "from": settlement.from.to_string(), "to": settlement.to.to_string(),
             "reason": settlement.error.as_ref().filter(|_| settlement.to == Status::Failed),
             "error": settlement.error.as_ref().filter(|_| !is_told), "failures": settlement.failures,
-            "retry_in": retry_in, "endpoint": endpoint, "stuck": stuck,
+            "retry_in": retry_in, "endpoint": endpoint, "failed_before": settlement.failed_before, "stuck": stuck,
             "took": transaction.read_at.elapsed().as_secs_f64(), "branches": branches,
         });
         let stored = self.store.settle(settled).await;

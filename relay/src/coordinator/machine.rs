@@ -251,6 +251,8 @@ impl Machine {
         let is_clean = self.state.status == Status::Succeed
             && !self.state.waits
             && self.state.branches.iter().all(|branch| !branch.has_row && branch.attempts == 1);
+        let has_failed = |branch: &Branch| !branch.is_done && branch.attempts > 0;
+        let failed_before = self.state.failures > 0 || self.state.branches.iter().any(has_failed);
         let results = if is_clean { Vec::new() } else { self.results };
         let mut settlement = Settlement {
             from,
@@ -258,6 +260,7 @@ impl Machine {
             then: Then::End,
             is_clean,
             waits_its_turn: false,
+            failed_before,
             not_before: None,
             error: None,
             failures: 0,
@@ -284,7 +287,9 @@ impl Machine {
             Some(Halt::Report(report)) => {
                 settlement.waits_its_turn = !report.was_called;
                 settlement.not_before = report.not_before;
-                if report.was_called && report.answer != Answer::Ongoing {
+                // While its endpoint is down a failure says nothing of the transaction, and its pauses shall not have grown.
+                let is_charged = report.was_called && report.endpoint.is_none();
+                if is_charged && report.answer != Answer::Ongoing {
                     settlement.failures = before.saturating_add(1);
                 }
                 let limit = self.state.retry_limit.unwrap_or(u32::MAX);

@@ -21,14 +21,7 @@ fn submitted(n: usize) -> State {
 }
 
 fn report(answer: Answer) -> Report {
-    Report {
-        answer,
-        was_called: true,
-        status: None,
-        error: "e".into(),
-        endpoint: Some("x".into()),
-        not_before: None,
-    }
+    Report { answer, was_called: true, status: None, error: "e".into(), endpoint: None, not_before: None }
 }
 
 #[test]
@@ -63,8 +56,18 @@ fn the_first_that_fails_ends_the_pass_and_what_was_done_before_is_kept() {
             u32::from(answer != Answer::Ongoing),
             "it got ahead: pauses begin anew"
         );
-        assert_eq!(settlement.then, Then::Again { endpoint: Some("x".into()) });
+        assert_eq!(settlement.then, Then::Again { endpoint: None });
     }
+}
+
+#[test]
+fn what_fails_while_its_endpoint_is_down_waits_for_that_and_is_not_charged() {
+    let mut machine = Machine::new(State { failures: 3, ..submitted(1) });
+    machine.step();
+    machine.answered(0, Report { endpoint: Some("x".into()), ..report(Answer::Unknown) });
+    let settlement = machine.settle();
+    assert_eq!((settlement.failures, settlement.failed_before), (3, true));
+    assert_eq!(settlement.then, Then::Again { endpoint: Some("x".into()) });
 }
 
 #[test]

@@ -24,6 +24,8 @@ pub struct Settlement {
     pub is_clean: bool,
     /// Its endpoint is down or has enough to do: it was not called, and nothing is charged to it.
     pub waits_its_turn: bool,
+    /// It, or what it waits for, has failed: it may be to blame itself.
+    pub failed_before: bool,
     /// The service asks not to be called sooner.
     pub not_before: Option<Duration>,
     /// What stood in its way.

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: PostgreSQL
-//! How many requests came and how long they took, in Prometheus' text format. Labels have few values, whatever clients send.
+//! How many requests came and how long they took, and how many transactions wait, in Prometheus' text format. Labels have few
+//! values, whatever clients send.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
+
+use crate::source::dtm_api::Waiting;
 
 /// Upper bounds of the histogram's buckets, in seconds.
 const BUCKETS: [f64; 9] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5, 10.0];
@@ -40,8 +43,8 @@ impl Metrics {
         durations.sum += seconds;
     }
 
-    /// All of it.
-    pub fn text(&self) -> String {
+    /// All of it. `waiting`: what the database has, if it answers.
+    pub fn text(&self, waiting: Option<Waiting>) -> String {
         let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut text = String::from(
             "# HELP dtm_server_requests_total Requests of DTM's clients.\n# TYPE dtm_server_requests_total counter\n",
@@ -64,6 +67,14 @@ impl Metrics {
             let _ = writeln!(text, "{name}_sum{{endpoint=\"{endpoint}\"}} {sum}");
             let _ = writeln!(text, "{name}_count{{endpoint=\"{endpoint}\"}} {count}");
         }
+        for (name, help, value) in waiting.iter().flat_map(|waiting| {
+            [
+                ("dtm_transactions_waiting", "Transactions that wait for an attempt.", waiting.waiting),
+                ("dtm_transactions_stuck", "Transactions that wait for somebody's decision.", waiting.stuck),
+            ]
+        }) {
+            let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}");
+        }
         text
     }
 }
@@ -77,13 +88,15 @@ mod tests {
         let metrics = Metrics::default();
         metrics.count("submit", 200, Duration::from_millis(4));
         metrics.count("submit", 409, Duration::from_secs(60));
-        let text = metrics.text();
+        let text = metrics.text(Some(Waiting { waiting: 7, stuck: 1 }));
         for line in [
             "dtm_server_requests_total{endpoint=\"submit\",status=\"200\"} 1",
             "dtm_server_request_duration_seconds_bucket{endpoint=\"submit\",le=\"0.0025\"} 0",
             "dtm_server_request_duration_seconds_bucket{endpoint=\"submit\",le=\"10\"} 1",
             "dtm_server_request_duration_seconds_bucket{endpoint=\"submit\",le=\"+Inf\"} 2",
             "dtm_server_request_duration_seconds_sum{endpoint=\"submit\"} 60.004",
+            "dtm_transactions_waiting 7",
+            "dtm_transactions_stuck 1",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in {text}");
         }

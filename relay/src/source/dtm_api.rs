@@ -8,6 +8,15 @@ use tokio_postgres::types::FromSql;
 use super::desk::Desk;
 use super::error::SourceError;
 
+/// How many transactions wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Waiting {
+    /// For their next attempt.
+    pub waiting: i64,
+    /// For somebody's decision.
+    pub stuck: i64,
+}
+
 /// A message that a client has made.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NewMessage {
@@ -88,6 +97,13 @@ impl Transactions {
     pub async fn progress(&self, gid: &str) -> Result<Option<Value>, SourceError> {
         let sql = "SELECT dtm.server_progress($1)";
         Ok(first(&self.0.ask("looking how far a transaction is", sql, &[&gid]).await?))
+    }
+
+    /// How many wait.
+    pub async fn waiting(&self) -> Result<Waiting, SourceError> {
+        let sql = "SELECT waiting, stuck FROM dtm.server_waiting()";
+        let row = self.0.ask("counting transactions", sql, &[]).await?;
+        Ok(Waiting { waiting: row.get(0), stuck: row.get(1) })
     }
 
     /// False: there is none.

@@ -70,7 +70,12 @@ async fn what_is_wrong_is_refused_with_its_reason() {
     assert_eq!((ping.status, ping.json()), (200, json!({"msg": "pong"})));
     let metrics = server.call(Method::GET, "/api/metrics", "").await;
     assert!(metrics.headers["content-type"].to_str().expect("text").starts_with("text/plain"));
-    for line in ["{endpoint=\"unknown\",status=\"404\"} 1", "_count{endpoint=\"submit\"} "] {
+    let lines = [
+        "{endpoint=\"unknown\",status=\"404\"} 1",
+        "_count{endpoint=\"submit\"} ",
+        "\ndtm_transactions_stuck 0\n",
+    ];
+    for line in lines {
         assert!(metrics.text.contains(line), "{line} in {}", metrics.text);
     }
     // Unknown names are no errors, and breaks are taken out of a gid.
