@@ -2,6 +2,7 @@
 //! The relay and PostgreSQL are killed between every two steps of a message's life. In the end each message is delivered as a
 //! whole, or never was.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use dtm_tests::cluster::Cluster;
@@ -140,6 +141,51 @@ async fn killed_at_any_call_of_it_a_message_is_delivered_as_a_whole_or_never_was
         }
     }
     site.assert_whole(&kept, &lost).await;
+}
+
+/// Makes a write last, with its transaction open: time to kill somebody.
+const PAUSE: &str = "CREATE FUNCTION pause() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN PERFORM pg_sleep(0.4); RETURN NULL; END $$";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_write_of_it_a_message_is_delivered_as_a_whole() {
+    let mut site = Site::start().await;
+    site.client().await.batch_execute(PAUSE).await.expect("a function");
+    // The second step fails once, so that there is something to store of branches.
+    let mut seen = BTreeSet::new();
+    site.services.behave(move |request| {
+        let is_first = request.target.contains("branch_id=02") && seen.insert(request.target.clone());
+        Reply::status(if is_first { 500 } else { 200 })
+    });
+    let writes = [
+        ("dtm.transaction", "UPDATE", "WHEN (OLD.status = 'prepared' AND NEW.status = 'submitted')"),
+        ("dtm.branch", "INSERT OR UPDATE", ""),
+        ("dtm.transaction", "UPDATE", "WHEN (NEW.status = 'succeed')"),
+        ("dtm.cursor_log_1", "INSERT", ""),
+    ];
+    let mut kept = Vec::new();
+    for victim in [Victim::Relay, Victim::Server] {
+        for (table, event, condition) in writes {
+            let client = site.client().await;
+            let trigger = format!(
+                "CREATE TRIGGER pause AFTER {event} ON {table} FOR EACH ROW {condition} EXECUTE FUNCTION pause()"
+            );
+            client.batch_execute(&trigger).await.expect("a trigger");
+            let (n, steps, url) = (kept.len(), site.steps(), site.services.url());
+            let options = "'{\"timeout_to_fail\": 0.05, \"retry_interval\": 0.05}'";
+            let messages = format!(
+                "SELECT dtm.msg_prepare('asked-{n}', {steps}, '{url}', {options}); SELECT dtm.msg_send({steps}, 'sent-{n}', {options})"
+            );
+            client.batch_execute(&messages).await.expect("messages");
+            let writing = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+            asking::wait(&client, writing, |sleeping| sleeping > 0).await;
+            site.kill(victim).await;
+            let client = site.client().await;
+            client.batch_execute(&format!("DROP TRIGGER pause ON {table}")).await.expect("DROP TRIGGER");
+            kept.extend([format!("asked-{n}"), format!("sent-{n}")]);
+        }
+    }
+    site.assert_whole(&kept, &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
