@@ -273,6 +273,10 @@ async fn targets(outlets: &Outlets, findings: &mut Findings) -> Memories {
                 if !found.uncallable.is_empty() {
                     findings.note(&format!("the role may not execute {}", found.uncallable.join(", ")));
                 }
+                if found.is_mighty {
+                    let advice = "give it a role that may call its functions and nothing else, for messages say which";
+                    findings.note(&format!("the role may change subscriptions there: {advice}"));
+                }
                 if let Some(kept) = found.kept {
                     memories.insert(name.to_owned(), kept);
                 }

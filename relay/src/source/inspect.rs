@@ -143,6 +143,8 @@ pub struct TargetExtension {
     pub version: String,
     /// What calls need and the role cannot execute, or this version does not have.
     pub uncallable: Vec<String>,
+    /// The role could change subscriptions there, and so could whatever function a message names.
+    pub is_mighty: bool,
     /// For how long it remembers; `None`: its version does not say.
     pub kept: Option<Kept>,
 }
@@ -157,13 +159,17 @@ pub async fn target(link: &Link) -> Result<Option<TargetExtension>, SourceError>
                 SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
                 WHERE n.nspname = 'dtm' AND p.proname = needed
                   AND pg_catalog.has_schema_privilege(n.oid, 'USAGE')
-                  AND pg_catalog.has_function_privilege(p.oid, 'EXECUTE')))
+                  AND pg_catalog.has_function_privilege(p.oid, 'EXECUTE'))),
+            EXISTS (
+                SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                WHERE n.nspname = 'dtm' AND c.relname = 'subscription'
+                  AND pg_catalog.has_table_privilege(c.oid, 'UPDATE'))
         FROM pg_catalog.pg_extension e WHERE e.extname = 'pg_dtm'";
     let rows = link.query("looking for the extension", sql, &[]).await?;
     let Some(row) = rows.first() else { return Ok(None) };
     let uncallable: Vec<String> = row.get(1);
     let kept = if uncallable.is_empty() { Some(kept(link).await?) } else { None };
-    Ok(Some(TargetExtension { version: row.get(0), uncallable, kept }))
+    Ok(Some(TargetExtension { version: row.get(0), uncallable, is_mighty: row.get(2), kept }))
 }
 
 /// Why a function of a target cannot be called for events; `None`: it can.

@@ -4,17 +4,21 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use dtm_tests::cluster::Cluster;
+use dtm_tests::process;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom as _;
 use rand::{Rng as _, SeedableRng as _};
-use tokio_postgres::{Client, Error};
+use rustix::process::Signal;
+use tokio_postgres::{Client, Error, NoTls};
 
 const TRANSFERS: usize = 120;
 const ACCOUNTS: usize = 7;
 const SESSIONS: usize = 8;
 const BALANCE: i64 = 1_000;
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// One call to a branch.
 #[derive(Clone, Debug)]
@@ -36,6 +40,8 @@ enum End {
     Commit,
     Rollback,
     Killed,
+    /// Its server process is killed by signal 9, and with it the server, which starts again.
+    Crash,
 }
 
 /// Answers whether the caller is told of success.
@@ -54,7 +60,22 @@ async fn serve(client: &Client, call: &Call, level: &str, end: End) -> Result<bo
         End::Killed => {
             client.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").await.map(|()| false)
         }
+        End::Crash => {
+            let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await?.get(0);
+            process::signal(pid.unsigned_abs(), Signal::KILL);
+            client.batch_execute("SELECT pg_sleep(60)").await.map(|()| false)
+        }
     }
+}
+
+/// A server that has crashed lets nobody in for a moment.
+async fn connect(cluster: &Cluster, database: &str) -> Client {
+    let connected = process::eventually(DEADLINE, async || {
+        let (client, connection) = tokio_postgres::connect(&cluster.url(database), NoTls).await.ok()?;
+        tokio::spawn(connection);
+        Some(client)
+    });
+    connected.await.expect("a connection")
 }
 
 /// A session of services, which takes calls from the queue until none is left.
@@ -63,20 +84,21 @@ async fn session(cluster: Arc<Cluster>, queue: Arc<Mutex<Vec<Call>>>, mut random
     loop {
         let Some(call) = queue.lock().expect("the queue").pop() else { return };
         if clients.get(call.database).is_none_or(Client::is_closed) {
-            clients.insert(call.database, cluster.connect(call.database).await);
+            clients.insert(call.database, connect(&cluster, call.database).await);
         }
         let client = &clients[call.database];
         let level = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"][random.random_range(0..3)];
-        let end = match random.random_range(0..10) {
-            0 => End::Killed,
-            1 | 2 => End::Rollback,
+        let end = match random.random_range(0..200) {
+            0 => End::Crash,
+            1..20 => End::Killed,
+            20..60 => End::Rollback,
             _ => End::Commit,
         };
         let answer = serve(client, &call, level, end).await;
         let is_success = matches!(answer, Ok(true));
         if let Err(error) = answer {
             let code = error.code().map(|code| code.code().to_owned());
-            let expected = code.as_deref().is_none_or(|code| ["40001", "57P01"].contains(&code));
+            let expected = code.as_deref().is_none_or(|code| ["40001", "57P01", "57P02"].contains(&code));
             assert!(expected, "{call:?}: {error:?}");
             // One that was killed is replaced.
             let _ = client.batch_execute("ROLLBACK").await;
@@ -145,7 +167,7 @@ async fn no_money_is_lost_or_made_whatever_is_repeated_late_called_off_or_killed
     }
     let mut sum = 0;
     for database in ["here", "there"] {
-        let found = balances(&cluster.connect(database).await).await;
+        let found = balances(&connect(&cluster, database).await).await;
         assert_eq!(found, expected[database], "{database}");
         sum += found.iter().sum::<i64>();
     }

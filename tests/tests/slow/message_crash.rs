@@ -268,3 +268,23 @@ async fn one_relay_takes_over_the_transactions_of_another_that_is_stopped() {
     site.assert_whole(&gids, &[]).await;
     assert!(process::holds_within(DEADLINE, || site.calls("paused-0", "02") >= 1).await);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_that_joins_takes_transactions_over_between_calls_and_repeats_none() {
+    let site = Site::start().await;
+    site.services.behave(|_| Reply::slow(200, Duration::from_millis(1_500)));
+    let client = site.client().await;
+    for n in 0..40 {
+        let options = r#"'{"delay": 0.1, "request_timeout": 20}'"#;
+        let sql = format!("SELECT dtm.msg_send({}, 'slow-{n}', {options})", site.steps());
+        client.batch_execute(&sql).await.expect("msg_send");
+    }
+    site.services.wait_for(20).await;
+    let toml = format!("lease = 1\n[database.shop]\nurl = \"{}\"\n", site.cluster.url("shop"));
+    let _other = Relay::start_configured(&toml);
+    let gids: Vec<String> = (0..40).map(|n| format!("slow-{n}")).collect();
+    site.assert_whole(&gids, &[]).await;
+    let shared = "SELECT count(DISTINCT relay) FROM dtm.owners WHERE alive";
+    assert_eq!(asking::number(&client, shared).await, 2);
+    assert_eq!(site.services.count(), 80, "a call was repeated");
+}
