@@ -61,6 +61,7 @@ fn json(bytes: Option<&[u8]>, what: &str) -> Result<serde_json::Value, Refusal> 
 }
 
 /// Checks steps, and makes branches of them: a JSON array, the payload of each, and whether some call message topics.
+#[expect(clippy::type_complexity, reason = "pg_extern reads the type as it stands")]
 #[pg_extern]
 fn branches_of_steps(
     steps: Option<&[u8]>,
