@@ -198,14 +198,15 @@ BEGIN
 END
 $$;
 
--- An endpoint works again: a part of what waits for it is due. Answers how many.
+-- An endpoint works again: a part of what waits for it is due now, if it was not yet; it still takes no more than it has room for.
+-- Answers how many.
 CREATE FUNCTION dtm.relay_revive(endpoint text, max_rows int) RETURNS int
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     revived int;
 BEGIN
-    UPDATE dtm.due SET due_at = clock_timestamp(), endpoint = NULL WHERE ctid = ANY (ARRAY(
-        SELECT d.ctid FROM dtm.due d WHERE d.endpoint = relay_revive.endpoint
+    UPDATE dtm.due SET due_at = clock_timestamp() WHERE ctid = ANY (ARRAY(
+        SELECT d.ctid FROM dtm.due d WHERE d.endpoint = relay_revive.endpoint AND d.due_at > clock_timestamp()
         LIMIT max_rows FOR UPDATE SKIP LOCKED));
     GET DIAGNOSTICS revived = ROW_COUNT;
     RETURN revived;

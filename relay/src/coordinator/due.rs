@@ -42,15 +42,17 @@ pub async fn follow(coordinator: Arc<Coordinator>, mut shards: watch::Receiver<S
                     usual,
                 };
                 let due = coordinator.store().due(wanted).await;
-                let is_all = due.gids.len() < most;
+                let (is_all, is_none) = (due.gids.len() < most, due.gids.is_empty());
                 for gid in due.gids {
                     let coordinator = coordinator.clone();
                     passes.spawn(async move { coordinator.drive(&gid).await }.in_current_span());
                 }
-                look_at = if is_all {
-                    Instant::now() + due.next_in.map_or(LOOK_EVERY, |next| next.clamp(LOOK_EVERY / 10, LOOK_EVERY))
-                } else {
-                    Instant::now()
+                // More may wait for the same endpoints, which have room again soon.
+                let soon = LOOK_EVERY / 10;
+                look_at = match (is_all, is_none) {
+                    (false, _) => Instant::now(),
+                    (true, false) => Instant::now() + soon,
+                    (true, true) => Instant::now() + due.next_in.map_or(LOOK_EVERY, |next| next.clamp(soon, LOOK_EVERY)),
                 };
             }
         }
