@@ -5,12 +5,13 @@
 CREATE FUNCTION dtm.transactions_kept() RETURNS interval
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'transactions_kept_wrapper';
 
--- A submitted transaction announces itself.
+-- A submitted transaction announces itself. In PL/pgSQL, and without a search_path of its own: it stands in the way of each message.
 CREATE FUNCTION dtm.announce(gid text) RETURNS void
-LANGUAGE sql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-    SELECT dtm.append(gen_random_uuid(), 'dtm.transactions', gid, NULL, NULL, NULL);
-END;
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE AS $$
+BEGIN
+    PERFORM dtm.append(pg_catalog.gen_random_uuid(), 'dtm.transactions', gid, NULL, NULL, NULL);
+END
+$$;
 
 CREATE FUNCTION dtm.raise_no_transaction(gid text) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$

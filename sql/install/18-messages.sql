@@ -126,8 +126,7 @@ BEGIN
     IF wait > 0 THEN
         INSERT INTO dtm.due (gid, due_at) VALUES (insert_message.gid, clock_timestamp() + make_interval(secs => wait));
     ELSE
-        -- As dtm.announce, which would cost as much again.
-        PERFORM dtm.append(gen_random_uuid(), 'dtm.transactions', gid, NULL, NULL, NULL);
+        PERFORM dtm.announce(gid);
     END IF;
 END
 $$;

@@ -98,26 +98,12 @@ impl Store {
     /// A submitted transaction has succeeded. False: its status has changed. Tries for as long as somebody's open transaction holds
     /// its row: nothing is called again for that.
     pub async fn succeed(&self, gid: &str) -> bool {
-        let mut tries = 0;
-        loop {
-            match self.ends.ask(gid.to_owned()).await {
-                Stored::Done => return true,
-                Stored::Changed => return false,
-                Stored::Held => held(&mut tries).await,
-            }
-        }
+        stored(&self.ends, gid.to_owned()).await
     }
 
     /// Stores what came of a pass, in the form of dtm.relay_settle; as [`Store::succeed`].
     pub async fn settle(&self, settlement: Value) -> bool {
-        let mut tries = 0;
-        loop {
-            match self.settlements.ask(settlement.clone()).await {
-                Stored::Done => return true,
-                Stored::Changed => return false,
-                Stored::Held => held(&mut tries).await,
-            }
-        }
+        stored(&self.settlements, settlement).await
     }
 
     /// What is due.
@@ -131,10 +117,18 @@ impl Store {
     }
 }
 
-/// Waits before a row that is held is tried again.
-async fn held(tries: &mut u32) {
-    *tries = tries.saturating_add(1);
-    tokio::time::sleep(HELD.delay(*tries, 1.0)).await;
+/// Asks for something to be stored, and again for as long as its row is held.
+async fn stored<Q: Clone>(desk: &Ask<Q, Stored>, what: Q) -> bool {
+    let mut tries: u32 = 0;
+    loop {
+        match desk.ask(what.clone()).await {
+            Stored::Done => return true,
+            Stored::Changed => return false,
+            Stored::Held => {}
+        }
+        tries = tries.saturating_add(1);
+        tokio::time::sleep(HELD.delay(tries, 1.0)).await;
+    }
 }
 
 /// Answers a store's questions until a connection fails.
