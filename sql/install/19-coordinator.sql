@@ -64,8 +64,9 @@ $$;
 
 -- What is due in the shards that a relay owns, but for what it is at already, and in how many seconds the next is. Of what waits
 -- for one of these endpoints no more than it has room for, of any other no more than usual: those that are down, or slow, take
--- nothing from the others, however much waits for them. By turns of what was not called yet and of what has failed: whether the
--- endpoint works, the former can tell better.
+-- nothing from the others, however much waits for them. By turns of what was not called yet, the oldest and the newest, and of what has
+-- failed: whether the endpoint works, what was not called can tell better, and the newest finds out that the older ones are to
+-- blame themselves, however many they are.
 CREATE FUNCTION dtm.relay_due_transactions(
     shards int, own int[], busy text[], max_rows int, endpoints text[], rooms int[], usual int, OUT gids text[], OUT next_in float8
 )
@@ -87,15 +88,28 @@ BEGIN
         FROM waited_for w
         LEFT JOIN unnest(endpoints, rooms) AS r (endpoint, room) ON r.endpoint = w.endpoint
         CROSS JOIN LATERAL (
-            SELECT k.gid, k.due_at, k.nth
-            FROM (VALUES (false), (true)) AS kind (failed_before)
-            CROSS JOIN LATERAL (
-                SELECT d.gid, d.due_at, row_number() OVER (ORDER BY d.due_at) AS nth
-                FROM dtm.due d
-                WHERE d.endpoint = w.endpoint AND d.failed_before = kind.failed_before AND d.due_at <= clock_timestamp()
-                  AND d.gid <> ALL (busy) AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
-                ORDER BY d.due_at LIMIT coalesce(r.room, usual)) k
-            ORDER BY k.nth, kind.failed_before LIMIT coalesce(r.room, usual)) f
+            SELECT k.gid, k.due_at, min(k.nth) AS nth
+            FROM (
+                (SELECT d.gid, d.due_at, row_number() OVER (ORDER BY d.due_at) AS nth, 1 AS turn
+                 FROM dtm.due d
+                 WHERE d.endpoint = w.endpoint AND NOT d.failed_before AND d.due_at <= clock_timestamp()
+                   AND d.gid <> ALL (busy) AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
+                 ORDER BY d.due_at LIMIT coalesce(r.room, usual))
+                UNION ALL
+                (SELECT d.gid, d.due_at, row_number() OVER (ORDER BY d.due_at DESC), 2
+                 FROM dtm.due d
+                 WHERE d.endpoint = w.endpoint AND NOT d.failed_before AND d.due_at <= clock_timestamp()
+                   AND d.gid <> ALL (busy) AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
+                 ORDER BY d.due_at DESC LIMIT coalesce(r.room, usual))
+                UNION ALL
+                (SELECT d.gid, d.due_at, row_number() OVER (ORDER BY d.due_at), 3
+                 FROM dtm.due d
+                 WHERE d.endpoint = w.endpoint AND d.failed_before AND d.due_at <= clock_timestamp()
+                   AND d.gid <> ALL (busy) AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
+                 ORDER BY d.due_at LIMIT coalesce(r.room, usual))
+            ) k
+            GROUP BY k.gid, k.due_at
+            ORDER BY min(k.nth), min(k.turn) LIMIT coalesce(r.room, usual)) f
         WHERE w.endpoint IS NOT NULL
     )
     SELECT coalesce(array_agg(f.gid ORDER BY f.nth, f.due_at), '{}') INTO gids

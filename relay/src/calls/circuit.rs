@@ -35,6 +35,8 @@ pub struct Circuit<P> {
     succeeded: Option<P>,
     /// When it is open: when the next probes may go, and how many rounds of them have failed.
     open: Option<(Instant, u32)>,
+    /// So many of the last round are not known to have failed: they may still go.
+    left: usize,
     /// Parties that failed while it is open, in this round of turns.
     probed: HashSet<P>,
 }
@@ -54,7 +56,7 @@ impl<P: Clone + Eq + Hash> Circuit<P> {
     /// A closed circuit. `probes`: the pauses between rounds of probes once it is open.
     pub fn new(probes: Schedule) -> Self {
         let (failed, probed) = (HashSet::new(), HashSet::new());
-        Circuit { probes, failures: 0, failed, succeeded: None, open: None, probed }
+        Circuit { probes, failures: 0, failed, succeeded: None, open: None, left: 0, probed }
     }
 
     /// Whether the service counts as down.
@@ -79,16 +81,21 @@ impl<P: Clone + Eq + Hash> Circuit<P> {
             None => true,
             Some((at, _)) => {
                 let is_new = self.failed.len() < PARTIES && !self.failed.contains(party);
-                in_flight < PROBES && (is_new || at <= now && self.has_turn(party))
+                in_flight < PROBES && is_new || in_flight < self.probes_at(at, now) && self.has_turn(party)
             }
         }
+    }
+
+    /// How many probes may be on their way.
+    fn probes_at(&self, next: Instant, now: Instant) -> usize {
+        if next <= now { PROBES } else { self.left }
     }
 
     /// How many calls may be made now beside those in flight; `None`: as many as there are.
     pub fn room(&self, in_flight: usize, now: Instant) -> Option<usize> {
         let (at, _) = self.open?;
-        let may_go = at <= now || self.failed.len() < PARTIES;
-        Some(if may_go { PROBES.saturating_sub(in_flight) } else { 0 })
+        let most = if self.failed.len() < PARTIES { PROBES } else { self.probes_at(at, now) };
+        Some(most.saturating_sub(in_flight))
     }
 
     /// Whether a party has not been heard yet in this round of turns, which goes on over all rounds of probes: among parties
@@ -107,7 +114,7 @@ impl<P: Clone + Eq + Hash> Circuit<P> {
         self.failures = 0;
         self.failed.clear();
         self.probed.clear();
-        self.open = None;
+        (self.open, self.left) = (None, 0);
         if self.succeeded.as_ref() != Some(party) {
             self.succeeded = Some(party.clone());
         }
@@ -151,7 +158,7 @@ impl<P: Clone + Eq + Hash> Circuit<P> {
         Blame::Opened
     }
 
-    /// The first of a round of probes that fails puts off the next round.
+    /// The first of a round of probes that fails puts off the next round, whether the others are on their way already or not.
     fn probe_failed(&mut self, party: &P, now: Instant, random: f64) {
         if self.probed.len() >= TURNS {
             self.probed.clear();
@@ -162,7 +169,9 @@ impl<P: Clone + Eq + Hash> Circuit<P> {
         {
             let rounds = rounds.saturating_add(1);
             self.open = Some((now + self.pause(rounds, random), rounds));
+            self.left = PROBES;
         }
+        self.left = self.left.saturating_sub(1);
     }
 
     /// At least half of the schedule's bound: probes are not to come in a burst.
@@ -214,6 +223,19 @@ mod tests {
         assert!(!circuit.is_open() && circuit.vouches_against(&1) && !circuit.vouches_against(&2));
         assert_eq!(fail(&mut circuit, &[1], 1, now), [Blame::Call]);
         assert!(!circuit.vouches_against(&1), "a failure came after");
+    }
+
+    #[test]
+    fn a_probe_that_fails_soon_takes_no_turn_from_the_others_of_its_round() {
+        let (mut circuit, begin) = (circuit(), Instant::now());
+        fail(&mut circuit, &[1, 2, 3, 1, 2], 9, begin);
+        let at = begin + Duration::from_millis(500);
+        for (party, left) in [(4, 2), (5, 1), (6, 0)] {
+            assert!(circuit.admits(&party, 0, at));
+            fail(&mut circuit, &[party], 9, at);
+            assert_eq!(circuit.room(0, at), Some(left));
+        }
+        assert!(!circuit.admits(&7, 0, at));
     }
 
     #[test]

@@ -236,11 +236,11 @@ impl Coordinator {
         let (retry_in, endpoint) = match &settlement.then {
             Then::End | Then::Decide => (None, None),
             Then::Again { endpoint } => {
-                let (interval, failures) = match settlement.waits_its_turn {
-                    true => (TURN, 0),
-                    false => (transaction.options.retry_interval, settlement.failures),
+                // Turns are taken in the order of what waits: chance has no part in that.
+                let pause = match settlement.waits_its_turn {
+                    true => TURN,
+                    false => pause(transaction.options.retry_interval, settlement.failures, rand::random()),
                 };
-                let pause = pause(interval, failures, rand::random());
                 let pause = pause.max(settlement.not_before.unwrap_or_default().min(PAUSE_MAX));
                 (Some(pause.as_secs_f64()), endpoint.as_deref())
             }
