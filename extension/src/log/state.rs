@@ -182,12 +182,15 @@ fn read_installation(installation: pg_sys::Oid) -> Installation {
 /// The segment of control data that is written, which stays so until the transaction ends: who changes it waits for the lock.
 #[pg_extern]
 fn control_segment() -> i16 {
-    // SAFETY: a catalog look-up inside a transaction, and a lock on a table that exists.
+    // SAFETY: a catalog look-up inside a transaction.
     let schema = unsafe { pg_sys::get_namespace_oid(c"dtm".as_ptr(), false) };
-    let rotation = relation(schema, c"rotation");
-    // SAFETY: as above; it is let go when the transaction ends.
-    unsafe { pg_sys::LockRelationOid(rotation, pg_sys::RowShareLock as pg_sys::LOCKMODE) };
-    read_installation(relation(schema, c"installation")).control_segment
+    let (installation, rotation) = (relation(schema, c"installation"), relation(schema, c"rotation"));
+    // SAFETY: locks on tables that exist, let go when the transaction ends; in the order in which DROP EXTENSION locks them.
+    unsafe {
+        pg_sys::LockRelationOid(installation, pg_sys::AccessShareLock as pg_sys::LOCKMODE);
+        pg_sys::LockRelationOid(rotation, pg_sys::RowShareLock as pg_sys::LOCKMODE);
+    }
+    read_installation(installation).control_segment
 }
 
 /// Tells all sessions, at commit, that dtm.installation changed.

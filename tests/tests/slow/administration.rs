@@ -34,6 +34,23 @@ async fn drop_extension_ends_delivery_and_create_extension_begins_anew() {
     assert!(relay.terminate().await.success());
 }
 
+#[tokio::test]
+async fn whoever_writes_control_data_is_in_no_deadlock_with_drop_extension() {
+    let cluster = Cluster::builder().start().await;
+    cluster.create_database("shop").await;
+    let (dropping, writing) = (cluster.connect("shop").await, cluster.connect("shop").await);
+    // As DROP EXTENSION does: all tables, in the order in which they were made.
+    dropping.batch_execute("BEGIN; LOCK dtm.installation").await.expect("a lock");
+    let writer = tokio::spawn(async move { writing.batch_execute("SELECT dtm.control_segment()").await });
+    let waits = process::eventually(DEADLINE, async || {
+        let sql = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+        (dropping.query_one(sql, &[]).await.expect("a count").get::<_, i64>(0) > 0).then_some(())
+    });
+    waits.await.expect("the writer waits");
+    dropping.batch_execute("LOCK dtm.rotation NOWAIT; ROLLBACK").await.expect("nobody has it");
+    writer.await.expect("a task").expect("the writer goes on");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn unsubscribe_while_events_are_on_their_way_ends_their_delivery_and_no_other() {
     let (slow, other) = (Receiver::start_with(|_| Reply::Hang).await, Receiver::start().await);
