@@ -6,6 +6,7 @@ use std::fmt;
 
 use figment::value::{Dict, Value};
 use rdkafka::ClientConfig;
+use rdkafka::config::RDKafkaLogLevel;
 
 use crate::calls::secrets::Secrets;
 
@@ -144,6 +145,8 @@ impl ClusterSettings {
     /// The properties of whatever connects to the cluster.
     pub fn connecting(&self) -> ClientConfig {
         let mut config = ClientConfig::new();
+        // Its own default is what the `log` crate shows, which the relay does not use.
+        config.set_log_level(RDKafkaLogLevel::Debug);
         for (name, value) in DEFAULTS {
             config.set(name, value);
         }

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dtm_core::options::{Format, Options};
+use dtm_core::options::{Format, OnDead, Options};
 use dtm_core::page::Event;
 use dtm_core::topic_template::{KAFKA_TOPIC_BYTES_MAX, TopicTemplate};
 use futures_util::future::{BoxFuture, FutureExt as _, OptionFuture};
@@ -38,6 +38,8 @@ pub struct KafkaSink {
     source: String,
     /// Of the subscription: they win over an event's own.
     headers: Vec<(String, String)>,
+    /// How many records of one key may be on their way at once.
+    pub(super) depth: usize,
 }
 
 impl KafkaSink {
@@ -52,7 +54,10 @@ impl KafkaSink {
         let set = headers::of_subscription(options, secrets)?;
         let headers = set.iter().map(|(name, value)| ((*name).to_owned(), value.text().to_owned())).collect();
         let fixed = topic.fixed().map(Arc::from);
-        Ok(KafkaSink { cluster, topic, fixed, format: options.format, source: source.to_owned(), headers })
+        // A broker that refuses a record takes the next ones all the same; here they are to wait.
+        let depth = if options.on_dead == OnDead::Block { 1 } else { usize::MAX };
+        let (format, source) = (options.format, source.to_owned());
+        Ok(KafkaSink { cluster, topic, fixed, format, source, headers, depth })
     }
 
     /// The cluster.

@@ -122,7 +122,8 @@ impl Sink {
     pub fn depth(&self) -> usize {
         match self {
             Sink::Http(_) | Sink::Coordinator(_) => 1,
-            Sink::Kafka(_) | Sink::Postgres(_) => usize::MAX,
+            Sink::Kafka(sink) => sink.depth,
+            Sink::Postgres(_) => usize::MAX,
         }
     }
 

@@ -2,11 +2,14 @@
 //! Events become records of a real Apache Kafka: their form, and what is done about a broker, a topic or a record that is
 //! not as it should be.
 
+use base64::Engine as _;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use dtm_tests::cluster::Cluster;
 use dtm_tests::kafka::Broker;
 use dtm_tests::kafka_log::{Isolation, Log, Record};
 use dtm_tests::kafka_tls::{PASSWORD, USER};
 use dtm_tests::kafka_topics::{Operation, unique_topic};
+use dtm_tests::receiver::{Receiver, Reply};
 use dtm_tests::relay::{self, Relay};
 use tokio_postgres::Client;
 
@@ -274,11 +277,28 @@ async fn while_the_broker_is_away_the_subscription_stands_still_and_goes_on_by_i
     assert_in_order(&records, 20_100, 5);
 }
 
+/// A token that the broker takes for the user's.
+fn unsigned_token() -> String {
+    let now = jiff::Timestamp::now().as_second();
+    let part = |json: serde_json::Value| BASE64_URL_SAFE_NO_PAD.encode(json.to_string());
+    let claims = serde_json::json!({"sub": USER, "iat": now, "exp": now + 3600});
+    format!("{}.{}.", part(serde_json::json!({"alg": "none"})), part(claims))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn records_go_over_tls_with_a_password_a_token_or_a_certificate_and_check_names_what_is_wrong() {
+    const TOPICS: [&str; 4] = ["scram", "token", "oidc", "mutual"];
     let broker = Broker::builder().tls().start().await;
     let (cluster, client) = shop().await;
-    for topic in ["scram", "token", "mutual"] {
+    // An identity provider.
+    let provider = Receiver::start_with(|request| match request.header("authorization") {
+        "Basic ZHRtOndoaXRlLXJhYmJpdA==" => {
+            Reply::Body(200, format!(r#"{{"access_token": "{}"}}"#, unsigned_token()))
+        }
+        _ => Reply::status(401),
+    })
+    .await;
+    for topic in TOPICS {
         broker.create_topic(topic, 1, &[]).await;
         subscribe(&client, topic, "t", &format!("kafka://{topic}/{topic}"), "{}").await;
     }
@@ -294,6 +314,10 @@ async fn records_go_over_tls_with_a_password_a_token_or_a_certificate_and_check_
              [kafka.token]\nbootstrap.servers = \"{}\"\nsecurity.protocol = \"SASL_SSL\"\nsasl.mechanism = \"OAUTHBEARER\"\n\
              sasl.oauthbearer.config = \"principal={USER}\"\nenable.sasl.oauthbearer.unsecure.jwt = true\n\
              ssl.ca.location = \"{}\"\n\
+             [kafka.oidc]\nbootstrap.servers = \"{}\"\nsecurity.protocol = \"SASL_SSL\"\nsasl.mechanism = \"OAUTHBEARER\"\n\
+             sasl.oauthbearer.method = \"oidc\"\nsasl.oauthbearer.token.endpoint.url = \"{}\"\n\
+             sasl.oauthbearer.client.id = \"dtm\"\nsasl.oauthbearer.client.secret = \"secret:kafka\"\n\
+             ssl.ca.location = \"{}\"\n\
              [kafka.mutual]\nbootstrap.servers = \"{}\"\nsecurity.protocol = \"SSL\"\nssl.ca.location = \"{}\"\n\
              ssl.certificate.location = \"{}\"\nssl.key.location = \"{}\"\n",
             cluster.url("shop"),
@@ -301,6 +325,9 @@ async fn records_go_over_tls_with_a_password_a_token_or_a_certificate_and_check_
             broker.sasl_bootstrap(),
             broker.ca_file().display(),
             broker.sasl_bootstrap(),
+            broker.ca_file().display(),
+            broker.sasl_bootstrap(),
+            provider.url(),
             broker.ca_file().display(),
             broker.ssl_bootstrap(),
             broker.ca_file().display(),
@@ -319,7 +346,7 @@ async fn records_go_over_tls_with_a_password_a_token_or_a_certificate_and_check_
     assert!(ok, "{printed}");
     let relay = Relay::start_configured(&toml(PASSWORD));
     publish(&client, "t", 1, 100, 5).await;
-    for topic in ["scram", "token", "mutual"] {
+    for topic in TOPICS {
         let records = Log::of(&broker.bootstrap(), &[topic], Isolation::Committed).wait_for(100).await;
         assert_in_order(&records, 100, 5);
     }

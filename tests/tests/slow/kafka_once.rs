@@ -15,11 +15,11 @@ use crate::numbered::DEADLINE;
 
 const ONCE: &str = r#"{"delivery": "exactly-once"}"#;
 
-async fn publish_large(client: &Client, bytes: i32) {
+async fn publish_large(client: &Client, key: &str, bytes: i32) {
     // Random, so that it is as large when it is compressed.
     let sql = "SELECT dtm.publish_bytes('t', (SELECT string_agg(md5(random()::text), '') FROM generate_series(1, $1::int / 32))::bytea, \
-               content_type => 'text/plain', key => 'large')";
-    client.execute(sql, &[&bytes]).await.expect("publish");
+               content_type => 'text/plain', key => $2)";
+    client.execute(sql, &[&bytes, &key]).await.expect("publish");
 }
 
 /// The last record of each key is kept, however long ago it was written.
@@ -44,7 +44,7 @@ async fn what_is_refused_dies_its_neighbours_are_there_once_and_once_redriven_so
     broker.create_topic("small", 3, &[("max.message.bytes", "20000")]).await;
     subscribe(&client, "s", "t", "kafka://main/small", ONCE).await;
     publish(&client, "t", 1, 300, 5).await;
-    publish_large(&client, 60_000).await;
+    publish_large(&client, "large", 60_000).await;
     publish(&client, "t", 301, 600, 5).await;
     let mut relay = Relay::start_configured(&configured(&cluster, "shop", &broker.bootstrap(), ""));
     let log = Log::of(&broker.bootstrap(), &["small"], Isolation::Committed);
@@ -160,4 +160,30 @@ async fn nothing_is_written_to_kafka_before_a_synchronous_standby_knows_its_wind
         admin.batch_execute(sql).await.expect(sql);
     }
     assert_in_order(&log.wait_for(10).await, 10, 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_parked_before_a_subscription_became_exactly_once_is_there_once_and_in_order() {
+    let broker = Broker::for_topics().await;
+    let (cluster, client) = shop().await;
+    let topic = unique_topic("switched");
+    broker.create_topic(&topic, 1, &[("max.message.bytes", "20000")]).await;
+    let destination = format!("kafka://main/{topic}");
+    subscribe(&client, "s", "t", &destination, r#"{"on_dead": "block"}"#).await;
+    let mut relay = Relay::start_configured(&configured(&cluster, "shop", &broker.bootstrap(), ""));
+    // Behind it its key waits.
+    publish_large(&client, "k1", 60_000).await;
+    publish(&client, "t", 1, 100, 5).await;
+    let log = Log::of(&broker.bootstrap(), &[&topic], Isolation::Committed);
+    log.wait_for(80).await;
+    wait(&client, "SELECT count(*) FROM dtm.retries", |parked| parked == 20).await;
+    subscribe(&client, "s", "t", &destination, ONCE).await;
+    publish(&client, "t", 101, 200, 5).await;
+    log.wait_for(200).await;
+    wait(&client, "SELECT count(*) FROM dtm.retries", |parked| parked == 0).await;
+    wait(&client, "SELECT lag_events FROM dtm.subscriptions", |lag| lag == 0).await;
+    assert!(relay.terminate().await.success());
+    let records = log.read().await;
+    assert_eq!(records.len(), 200, "nothing is there twice");
+    assert_in_order(&records, 200, 5);
 }
