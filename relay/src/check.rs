@@ -301,7 +301,7 @@ async fn clusters(outlets: &Outlets, findings: &mut Findings) {
         match tokio::task::spawn_blocking(move || topics.brokers()).await {
             Ok(Ok(brokers)) => findings.good(&format!("the cluster answers; it has {brokers} broker(s)")),
             Ok(Err(error)) => findings.wrong(
-                &format!("the cluster does not answer: {error}"),
+                &error,
                 Some("see that its bootstrap.servers listen, and that security.protocol, sasl.* and ssl.* are right"),
             ),
             Err(error) => findings.wrong(&error.to_string(), None),

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use http::header::{CONTENT_TYPE, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
@@ -58,7 +59,7 @@ impl Received {
 pub enum Reply {
     /// Answers with a status and headers, after a delay.
     Status(u16, Vec<(&'static str, String)>, Duration),
-    /// Answers with a status and a body.
+    /// Answers with a status and a body, which is called JSON.
     Body(u16, String),
     /// Never answers.
     Hang,
@@ -291,7 +292,11 @@ async fn answer(
             }
             Ok(response)
         }
-        Reply::Body(status, body) => Ok(response(status, Full::new(Bytes::from(body)).boxed())),
+        Reply::Body(status, body) => {
+            let mut response = response(status, Full::new(Bytes::from(body)).boxed());
+            response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            Ok(response)
+        }
         Reply::Hang => match std::future::pending::<Infallible>().await {},
         Reply::Reset => Err(Broken),
         Reply::Garbage => {

@@ -21,11 +21,13 @@ use rdkafka::types::RDKafkaErrorCode as Code;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::verdict;
+
 /// What is on its way to a broker when a producer stops is waited for, longer than its requests last: it may arrive.
 const LAST_ANSWERS: Duration = Duration::from_secs(35);
 /// For senders to let go of a producer that has stopped.
 const LET_GO: Duration = Duration::from_secs(60);
-/// Between producers that deliver nothing.
+/// Between producers that are answered nothing.
 const AGAIN_MIN: Duration = Duration::from_millis(100);
 const AGAIN_MAX: Duration = Duration::from_secs(10);
 
@@ -84,8 +86,8 @@ impl ConsumerContext for Quiet {}
 /// What a producer tells.
 pub struct Context {
     cluster: Arc<str>,
-    /// It has delivered something.
-    delivered: AtomicBool,
+    /// Brokers have taken or judged something.
+    answered: AtomicBool,
     /// It delivers nothing more.
     failed: AtomicBool,
 }
@@ -121,17 +123,15 @@ impl ProducerContext<NoCustomPartitioner> for Context {
 
     fn delivery(&self, result: &DeliveryResult<'_>, ticket: Box<Ticket>) {
         let error = match result {
-            Ok(_) => {
-                if !self.delivered.load(Ordering::Relaxed) {
-                    self.delivered.store(true, Ordering::Relaxed);
-                }
-                None
-            }
+            Ok(_) => None,
             Err((error, _)) => {
                 self.failed.store(true, Ordering::Release);
                 Some(error.rdkafka_error_code().unwrap_or(Code::Unknown))
             }
         };
+        if error.is_none_or(verdict::is_judgement) && !self.answered.load(Ordering::Relaxed) {
+            self.answered.store(true, Ordering::Relaxed);
+        }
         ticket.returns.push((ticket.number, error));
     }
 }
@@ -154,7 +154,7 @@ pub enum NotTaken {
 
 impl Generation {
     fn new(config: &ClientConfig, cluster: Arc<str>) -> Result<Self, KafkaError> {
-        let context = Context { cluster, delivered: AtomicBool::new(false), failed: AtomicBool::new(false) };
+        let context = Context { cluster, answered: AtomicBool::new(false), failed: AtomicBool::new(false) };
         Ok(Generation { producer: config.create_with_context(context)? })
     }
 
@@ -204,7 +204,7 @@ pub struct Line {
 #[derive(Default)]
 struct State {
     current: Option<Arc<Generation>>,
-    /// How many in a row have delivered nothing.
+    /// How many in a row were answered nothing.
     barren: u32,
     not_before: Option<Instant>,
 }
@@ -253,7 +253,7 @@ impl Line {
 
     fn replace(&self, state: &mut State, failed: Arc<Generation>, now: Instant) {
         state.current = None;
-        state.barren = match failed.context().delivered.load(Ordering::Relaxed) {
+        state.barren = match failed.context().answered.load(Ordering::Relaxed) {
             true => 0,
             false => state.barren.saturating_add(1),
         };

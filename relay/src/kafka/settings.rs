@@ -61,7 +61,10 @@ const OURS: [(&[&str], &str); 10] = [
     ),
     (&["transactional.id", "transaction.timeout.ms"], "each subscription has transactions of its own"),
     (&["message.max.bytes"], "it follows from dtm.max_payload and the topic's max.message.bytes"),
-    (&["delivery.report.only.error", "plugin.library.paths"], "the relay could not tell what was delivered"),
+    (
+        &["delivery.report.only.error", "enabled_events", "plugin.library.paths", "topic.blacklist"],
+        "the relay could not tell what was delivered",
+    ),
 ];
 
 /// Where the cluster is.
@@ -102,6 +105,9 @@ impl ClusterSettings {
             let wrong = |why: &str| Err((name.clone(), why.to_owned()));
             if let Some((_, why)) = OURS.iter().find(|(names, _)| names.contains(&name.as_str())) {
                 return wrong(&format!("it is the relay's to set: {why}"));
+            }
+            if name.starts_with("test.") {
+                return wrong("it makes a cluster that is none");
             }
             if SERVERS.contains(&name.as_str()) && value.starts_with("secret:") {
                 return wrong("it is told in logs and by check: it cannot be a secret");
@@ -146,7 +152,7 @@ impl ClusterSettings {
     pub fn connecting(&self) -> ClientConfig {
         let mut config = ClientConfig::new();
         // Its own default is what the `log` crate shows, which the relay does not use.
-        config.set_log_level(RDKafkaLogLevel::Debug);
+        config.set_log_level(RDKafkaLogLevel::Info);
         for (name, value) in DEFAULTS {
             config.set(name, value);
         }
@@ -165,6 +171,8 @@ impl ClusterSettings {
             .set("enable.idempotence", "true")
             // librdkafka's default of five minutes leaves gaps.
             .set("message.timeout.ms", "0")
+            // Whoever has stopped is waited for a little longer than that.
+            .set("socket.timeout.ms", "30000")
             .set("message.max.bytes", RECORD_BYTES_MAX.to_string())
             .set("batch.size", batch_bytes.to_string())
             .set("partitioner", "murmur2_random");
@@ -287,6 +295,7 @@ mod tests {
             ("bootstrap.servers = \"a:1\"\nlinger.ms = \"soon\"", "linger.ms"),
             ("bootstrap.servers = [\"a:1\"]", "bootstrap.servers"),
             ("bootstrap.servers = \"secret:kafka\"", "bootstrap.servers"),
+            ("bootstrap.servers = \"a:1\"\ntest.mock.num.brokers = 1", "test.mock.num.brokers"),
         ] {
             assert_eq!(read(toml).unwrap_err().0, key, "{toml}");
         }

@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier};
+use rdkafka::metadata::Metadata;
 use rdkafka::types::RDKafkaErrorCode as Code;
 use tokio::time::Instant;
 
+use super::problem;
 use super::producer::Quiet;
 
 /// How long what is known of a topic counts.
@@ -102,11 +104,7 @@ impl Topics {
     /// How many partitions a topic has. Blocks.
     fn partitions(&self, topic: &str) -> Result<usize, Missing> {
         let missing = |why: String, may_come| Missing { why, may_come };
-        let metadata = self.admin()?.inner().fetch_metadata(Some(topic), ASKED_FOR);
-        let metadata = metadata.map_err(|error| {
-            self.lock().take();
-            missing(format!("the cluster does not answer: {error}"), false)
-        })?;
+        let metadata = self.metadata(Some(topic))?;
         let Some(found) = metadata.topics().iter().find(|found| found.name() == topic) else {
             return Err(missing(format!("there is no topic {topic}"), true));
         };
@@ -136,9 +134,23 @@ impl Topics {
 
     /// How many brokers the cluster has. Blocks for a few seconds at the most.
     pub fn brokers(&self) -> Result<usize, String> {
-        let admin = self.admin().map_err(|missing| missing.why)?;
-        let metadata = admin.inner().fetch_metadata(None, ASKED_FOR);
-        metadata.map(|metadata| metadata.brokers().len()).map_err(|error| error.to_string())
+        self.metadata(None).map(|metadata| metadata.brokers().len()).map_err(|missing| missing.why)
+    }
+
+    fn metadata(&self, topic: Option<&str>) -> Result<Metadata, Missing> {
+        let admin = self.admin()?;
+        admin.inner().fetch_metadata(topic, ASKED_FOR).map_err(|error| {
+            self.lock().take();
+            let why = problem::of(&self.config).unwrap_or_else(|| error.to_string());
+            Missing { why: format!("the cluster does not answer: {why}"), may_come: false }
+        })
+    }
+
+    /// The least that any topic takes which was asked for, in bytes of a batch.
+    pub fn least_message_bytes(&self) -> usize {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let limits = known.values().filter_map(|(known, _)| known.as_ref().ok());
+        limits.map(|limits| limits.message_bytes).min().unwrap_or(usize::MAX)
     }
 
     fn admin(&self) -> Result<Arc<AdminClient<Quiet>>, Missing> {

@@ -37,7 +37,9 @@ const PURGE_AGAIN: Duration = Duration::from_millis(20);
 /// Why a transaction was not committed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NotCommitted {
-    /// These of its records cannot be written, by number; nothing was written.
+    /// These of its records cannot be sent, by number; nothing was written.
+    Unsendable(Vec<(usize, Outcome)>),
+    /// These of its records are refused by a broker; nothing was written, and the producer is of no more use.
     Refused(Vec<(usize, Outcome)>),
     /// Some of them cannot be; a producer of single records can tell which. Nothing was written.
     SomeRefused,
@@ -135,6 +137,9 @@ impl ClientContext for Failures {
 impl Failures {
     fn failed(&self, number: usize, topic: &str, code: Code) {
         let outcome = verdict::of_record(topic, code, true);
+        if verdict::is_of_broker(code) {
+            tracing::debug!(servers = self.servers, number, "not written: {outcome}");
+        }
         if outcome.class == Class::Unsendable && number != OURS {
             self.refused().push((number, outcome));
         } else if outcome.class == Class::Unsent {

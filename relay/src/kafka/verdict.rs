@@ -8,7 +8,16 @@ use crate::calls::outcome::{Class, Outcome};
 /// What came of a record. `alone`: it was the only one in its batch, so that what the broker says is said of it. A broker has
 /// looked at the record, other than a gateway in front of an HTTP endpoint: what it refuses it always will.
 pub fn of_record(topic: &str, code: Code, alone: bool) -> Outcome {
-    let class = match code {
+    Outcome::without_answer(class(code, alone), format!("topic {topic}: {code}"))
+}
+
+/// Whether a broker has judged a record or its topic: it works.
+pub fn is_judgement(code: Code) -> bool {
+    matches!(class(code, true), Class::Unsendable | Class::Unsent)
+}
+
+fn class(code: Code, alone: bool) -> Class {
+    match code {
         Code::InvalidRecord
         | Code::InvalidMessage
         | Code::InvalidMessageSize
@@ -31,8 +40,7 @@ pub fn of_record(topic: &str, code: Code, alone: bool) -> Outcome {
         // Of a batch nobody knows whose fault it is: each of its records is sent again, alone.
         _ if !alone => Class::Withdrawn,
         _ => Class::Failed,
-    };
-    Outcome::without_answer(class, format!("topic {topic}: {code}"))
+    }
 }
 
 /// Whether an error was a broker's word on a record or its topic, and not the end of a producer or of another record.

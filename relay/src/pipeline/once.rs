@@ -37,6 +37,12 @@ use crate::source::settlement::{Attempt, Leave, Parked, Settlement};
 const BATCH_EVENTS: i32 = 10_000;
 /// While each record is a request of its own.
 const SINGLE_EVENTS: i32 = 200;
+/// After a refusal so many transactions are of such requests: the more, the sooner one refusal follows the other, since it takes
+/// about a second to begin anew.
+const SINGLES_MIN: usize = 1;
+const SINGLES_MAX: usize = 256;
+/// So many transactions without a refusal make it a rare thing again.
+const RARE: usize = 64;
 /// Their bytes, about.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// Parked events of a transaction at the most.
@@ -55,11 +61,21 @@ enum Ended {
     Again {
         /// What went wrong, unless nothing did.
         why: Option<String>,
-        /// It is to send each record in a batch of its own, until it has got past what is refused.
-        single: bool,
+        /// How its records are to go.
+        next: Next,
     },
     /// The connection to the database.
     Source(SourceError),
+}
+
+/// How the next writer sends records.
+enum Next {
+    /// As this one.
+    Same,
+    /// In batches.
+    Batches,
+    /// Each in a batch of its own, until it has got past what is refused.
+    Singles,
 }
 
 impl From<SourceError> for Ended {
@@ -70,7 +86,7 @@ impl From<SourceError> for Ended {
 
 impl Ended {
     fn again(why: impl Into<String>) -> Self {
-        Ended::Again { why: Some(why.into()), single: false }
+        Ended::Again { why: Some(why.into()), next: Next::Same }
     }
 }
 
@@ -83,13 +99,17 @@ struct Reading {
 
 /// Delivers until the pipeline is asked to stop or is fenced. An error is one of the database connection.
 pub(super) async fn run(mut pipeline: Pipeline, sink: Arc<KafkaSink>) -> Result<(), SourceError> {
-    let (mut attempts, mut told, mut is_single) = (0, None::<(String, Instant)>, false);
+    let (mut attempts, mut told) = (0, None::<(String, Instant)>);
+    let (mut singles, mut next_singles) = (0, SINGLES_MIN);
     loop {
-        let ended = match Once::begin(&mut pipeline, sink.clone(), is_single).await {
+        let ended = match Once::begin(&mut pipeline, sink.clone(), singles).await {
             Ok(mut once) => {
                 let Err(ended) = once.deliver().await;
                 if once.committed > 0 {
                     attempts = 0;
+                }
+                if singles == 0 && once.committed >= RARE {
+                    next_singles = SINGLES_MIN;
                 }
                 ended
             }
@@ -98,8 +118,19 @@ pub(super) async fn run(mut pipeline: Pipeline, sink: Arc<KafkaSink>) -> Result<
         let again_at = match ended {
             Ended::Stopped => return Ok(()),
             Ended::Source(error) => pipeline.unreadable(error)?,
-            Ended::Again { why, single } => {
-                is_single = single;
+            Ended::Again { why, next } => {
+                match next {
+                    Next::Same => {}
+                    Next::Batches => singles = 0,
+                    Next::Singles => {
+                        singles = next_singles;
+                        next_singles = (4 * next_singles).min(SINGLES_MAX);
+                        tracing::info!(
+                            subscription = pipeline.name,
+                            "a batch is refused: its records go one by one, until it is known whose fault that is"
+                        );
+                    }
+                }
                 let Some(why) = why else { continue };
                 let now = Instant::now();
                 if !told.as_ref().is_some_and(|(before, at)| *before == why && now < *at + TELL_EVERY) {
@@ -153,7 +184,8 @@ fn settlement(seq: i64, what: Leave, outcome: Option<&Outcome>) -> Settlement {
 struct Once<'a> {
     pipeline: &'a mut Pipeline,
     writer: OnceWriter,
-    is_single: bool,
+    /// So many transactions are to be of records in batches of their own; none: not so.
+    singles: usize,
     reader: Reader,
     progress: FlowProgress,
     /// The window before the last, and the last; see [`Cursor`].
@@ -169,10 +201,12 @@ struct Once<'a> {
     parked: Vec<Parked>,
     /// Transactions so far.
     committed: usize,
+    /// A broker has refused a record: the producer's numbers have a gap, and it is of no more use.
+    is_spent: bool,
 }
 
 impl<'a> Once<'a> {
-    async fn begin(pipeline: &'a mut Pipeline, sink: Arc<KafkaSink>, is_single: bool) -> Result<Self, Ended> {
+    async fn begin(pipeline: &'a mut Pipeline, sink: Arc<KafkaSink>, singles: usize) -> Result<Self, Ended> {
         leased(pipeline).await?;
         let (unit, epoch) = (pipeline.wanted.unit, pipeline.owner.epoch);
         let no_cursor = || Ended::again("it has no cursor; dtm.rewind sets one");
@@ -180,7 +214,7 @@ impl<'a> Once<'a> {
         let era = before.eras.last().copied().unwrap_or_default();
         let name = format!("dtm-{:08x}-{}-{}", era.cast_unsigned(), unit.subscription, unit.shard);
         let begun = tokio::select! {
-            begun = OnceWriter::begin(sink, &name, is_single) => begun,
+            begun = OnceWriter::begin(sink, &name, singles > 0) => begun,
             () = pipeline.drain.cancelled() => return Err(Ended::Stopped),
             () = pipeline.owner.fenced.cancelled() => return Err(Ended::Stopped),
         };
@@ -200,7 +234,7 @@ impl<'a> Once<'a> {
         let once = Once {
             pipeline,
             writer,
-            is_single,
+            singles,
             reader,
             progress,
             windows,
@@ -210,6 +244,7 @@ impl<'a> Once<'a> {
             open,
             parked,
             committed: 0,
+            is_spent: false,
         };
         once.store(done.iter().map(|row| settlement(row.seq, Leave::Done, None)).collect()).await?;
         Ok(once)
@@ -229,9 +264,9 @@ impl<'a> Once<'a> {
         }
         let mut next: Option<Reading> = None;
         loop {
-            if self.is_single && self.committed > 0 {
+            if self.singles > 0 && self.committed >= self.singles {
                 self.store(Vec::new()).await?;
-                return Err(Ended::Again { why: None, single: false });
+                return Err(Ended::Again { why: None, next: Next::Batches });
             }
             let Some(reading) = next.take() else {
                 next = self.read_on().await?;
@@ -301,7 +336,7 @@ impl<'a> Once<'a> {
         let room = self.pipeline.share.room(BATCH_BYTES)?;
         let max_bytes = i32::try_from(room.bytes()).unwrap_or(i32::MAX);
         let (from, to, after) = (piece.from.clone(), piece.to.clone(), piece.after);
-        let max_rows = if self.is_single { SINGLE_EVENTS } else { BATCH_EVENTS };
+        let max_rows = if self.singles > 0 { SINGLE_EVENTS } else { BATCH_EVENTS };
         let request = PageRequest { from, to, after, max_rows, max_bytes };
         let page = self.pipeline.pages.read(request, &self.pipeline.wanted);
         Some(Reading { piece, room, page })
@@ -399,8 +434,12 @@ impl<'a> Once<'a> {
                 self.is_used = true;
                 Ok(None)
             }
-            Err(NotCommitted::Refused(refused)) => Ok(Some(refused)),
-            Err(NotCommitted::SomeRefused) => Err(Ended::Again { why: None, single: true }),
+            Err(NotCommitted::Unsendable(refused)) => Ok(Some(refused)),
+            Err(NotCommitted::Refused(refused)) => {
+                self.is_spent = true;
+                Ok(Some(refused))
+            }
+            Err(NotCommitted::SomeRefused) => Err(Ended::Again { why: None, next: Next::Singles }),
             Err(NotCommitted::Fenced) => {
                 // If it is another relay's by now, the database says so.
                 self.store(Vec::new()).await?;
@@ -430,7 +469,8 @@ impl<'a> Once<'a> {
             self.settled.extend(refused.iter().map(|(at, _)| events[*at].seq));
         }
         let buried = refused.iter().map(|(at, outcome)| settlement(events[*at].seq, how, Some(outcome)));
-        self.store(buried.collect()).await
+        self.store(buried.collect()).await?;
+        if self.is_spent { Err(Ended::Again { why: None, next: Next::Same }) } else { Ok(()) }
     }
 
     fn position(&self, last_seq: i64, done: Vec<i64>) -> Position {

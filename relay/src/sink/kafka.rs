@@ -25,8 +25,9 @@ use crate::kafka::producer::{Generation, Line, NotTaken, Returned, Returns};
 use crate::kafka::topics::{Known, Limits};
 use crate::kafka::verdict;
 
-/// What could not be handed over for want of room is tried again after this.
-const AGAIN: Duration = Duration::from_millis(5);
+/// What could not be handed over for want of room is tried again after this, and then less and less often.
+const AGAIN_MIN: Duration = Duration::from_millis(2);
+const AGAIN_MAX: Duration = Duration::from_millis(100);
 
 /// Topics of one cluster that the events of a subscription become records of.
 pub struct KafkaSink {
@@ -143,6 +144,10 @@ pub struct KafkaSender<T> {
     /// So many records go in batches of their own, since something among them was refused.
     single: usize,
     look: Option<BoxFuture<'static, Known>>,
+    /// The pause before the next one is tried again.
+    again: Duration,
+    /// The least that a topic takes of those that were met, in bytes of a batch: topics that take more wait for no other producer.
+    least_bytes: usize,
     /// Nothing may be handed over now.
     is_held: bool,
 }
@@ -169,6 +174,8 @@ impl<T: AsRef<Event> + Send + 'static> KafkaSender<T> {
             ended: Vec::new(),
             single: 0,
             look: None,
+            again: AGAIN_MIN,
+            least_bytes: usize::MAX,
             is_held: false,
         }
     }
@@ -225,10 +232,14 @@ impl<T: AsRef<Event> + Send + 'static> KafkaSender<T> {
             Ok(record) => record,
             Err(outcome) => return Handed::Ended(item, outcome),
         };
+        self.least_bytes = match &self.sink.fixed {
+            Some(_) => limits.message_bytes,
+            None => limits.message_bytes.min(self.least_bytes),
+        };
         // Compressed it may be small enough: the broker says, and says it of this one alone.
         let batches = match self.single > 0 || record.size > limits.message_bytes {
             true => Batches::Single,
-            false => Batches::Bytes(limits.message_bytes.min(self.sink.cluster.settings().batch_bytes())),
+            false => Batches::Bytes(self.least_bytes.min(self.sink.cluster.settings().batch_bytes())),
         };
         let Some(generation) = self.route(batches, now) else { return Handed::Later(item) };
         let entry = self.slots.vacant_key();
@@ -236,6 +247,7 @@ impl<T: AsRef<Event> + Send + 'static> KafkaSender<T> {
             Ok(()) => {
                 drop(record);
                 self.slots.insert(Slot { item, topic });
+                self.again = AGAIN_MIN;
                 Handed::Sent
             }
             Err(NotTaken::Never(code)) => {
@@ -274,7 +286,9 @@ impl<T: AsRef<Event> + Send + 'static> KafkaSender<T> {
             tokio::select! {
                 returned = self.returns.take() => self.returned(returned),
                 Some(_) = OptionFuture::from(self.look.as_mut()) => self.look = None,
-                () = tokio::time::sleep(AGAIN), if is_waiting => {}
+                () = tokio::time::sleep(self.again), if is_waiting => {
+                    self.again = (2 * self.again).min(AGAIN_MAX);
+                }
             }
             let waited = self.next.take();
             if let Some(next) = waited {

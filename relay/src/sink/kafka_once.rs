@@ -48,12 +48,13 @@ impl OnceWriter {
             Some(topic) => {
                 topics.clone().look(topic.to_string()).await.map_err(|why| why.to_string())?.message_bytes
             }
-            None => usize::MAX,
+            // Of those that are not known yet the broker tells once, by refusing a batch.
+            None => topics.least_message_bytes(),
         };
         let settings = cluster.settings();
         let mut config = settings.producing(limit);
         if is_single {
-            config.set("batch.num.messages", "1");
+            config.set("batch.num.messages", "1").set("max.in.flight", "1");
         }
         let (transactions, position) =
             Transactions::begin(config, settings.connecting(), name.to_owned()).await?;
@@ -78,7 +79,7 @@ impl OnceWriter {
                     Err(outcome) => refused.push((number, outcome)),
                 }
             }
-            if refused.is_empty() { Ok(()) } else { Err(NotCommitted::Refused(refused)) }
+            if refused.is_empty() { Ok(()) } else { Err(NotCommitted::Unsendable(refused)) }
         };
         self.transactions.commit(Box::new(write), position).await
     }

@@ -220,6 +220,46 @@ async fn a_record_that_the_broker_refuses_dies_and_those_of_its_batch_and_of_oth
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn many_records_that_the_broker_refuses_die_and_all_others_arrive_in_order() {
+    let broker = Broker::for_topics().await;
+    for options in ["{}", r#"{"delivery": "exactly-once"}"#] {
+        let (cluster, client) = shop().await;
+        let topic = unique_topic("compacted");
+        broker.create_topic(&topic, 1, &[("cleanup.policy", "compact")]).await;
+        subscribe(&client, "s", ">", &format!("kafka://main/{topic}"), options).await;
+        for first in 0..20 {
+            publish(&client, "t", first * 100 + 1, first * 100 + 100, 5).await;
+            client.execute("SELECT dtm.publish('bad', '0')", &[]).await.expect("publish");
+        }
+        let _relay = Relay::start_configured(&configured(&cluster, "shop", &broker.bootstrap(), ""));
+        let log = Log::of(&broker.bootstrap(), &[&topic], Isolation::Committed);
+        wait(&client, "SELECT lag_events + retrying FROM dtm.subscriptions", |lag| lag == 0).await;
+        assert_eq!(number(&client, "SELECT count(*) FROM dtm.dead_letters").await, 20, "{options}");
+        let records = log.read().await;
+        assert!(records.iter().all(|record| record.header("ce_type") == Some("t")));
+        assert_in_order(&records, 2_000, 5);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn topics_of_one_subscription_may_take_batches_of_different_sizes() {
+    let broker = Broker::for_topics().await;
+    for options in ["{}", r#"{"delivery": "exactly-once"}"#] {
+        let (cluster, client) = shop().await;
+        let [large, small] = ["large", "small"].map(unique_topic);
+        broker.create_topic(&large, 1, &[("max.message.bytes", "600000")]).await;
+        broker.create_topic(&small, 1, &[("max.message.bytes", "20000")]).await;
+        subscribe(&client, "s", ">", "kafka://main/{topic}", options).await;
+        let sql = "SELECT count(dtm.publish(CASE n % 2 WHEN 0 THEN $1 ELSE $2 END, to_jsonb(n), key => 'k' || n % 10))
+                   FROM generate_series(1, 20000) n";
+        client.execute(sql, &[&large, &small]).await.expect("publish");
+        let _relay = Relay::start_configured(&configured(&cluster, "shop", &broker.bootstrap(), ""));
+        let log = Log::of(&broker.bootstrap(), &[&large, &small], Isolation::Committed);
+        assert_in_order(&log.wait_for(20_000).await, 20_000, 10);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_missing_or_forbidden_topic_holds_up_its_subscription_alone_says_why_and_goes_on_when_it_is_there()
 {
     let broker = Broker::builder().config("auto.create.topics.enable", "false").authorizer().start().await;
@@ -342,6 +382,7 @@ async fn records_go_over_tls_with_a_password_a_token_or_a_certificate_and_check_
     };
     let (ok, printed) = check("wrong-password");
     assert!(!ok && printed.contains("kafka.scram") && !printed.contains("wrong-password"), "{printed}");
+    assert!(printed.contains("SASL authentication error"), "{printed}");
     let (ok, printed) = check(PASSWORD);
     assert!(ok, "{printed}");
     let relay = Relay::start_configured(&toml(PASSWORD));
