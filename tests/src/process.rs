@@ -64,6 +64,13 @@ pub async fn wait(child: &mut Child, deadline: Duration) -> Option<std::process:
     holds_within(deadline, ended).await.then_some(status).flatten()
 }
 
+/// The greatest memory of a process so far, in MB.
+pub fn peak_mb(pid: u32) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("VmHWM");
+    line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
+}
+
 /// Whether a condition comes to hold before the deadline.
 pub async fn holds_within(deadline: Duration, mut condition: impl FnMut() -> bool) -> bool {
     eventually(deadline, || std::future::ready(condition().then_some(()))).await.is_some()

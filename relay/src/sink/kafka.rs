@@ -323,7 +323,13 @@ impl<T: AsRef<Event> + Send + 'static> KafkaSender<T> {
                     self.give_up_route();
                 }
             }
+            let has_arrived = outcome.class == Class::Accepted;
             self.ended.push((item, outcome));
+            // The one that waits may be a later one of its key: it is not to go before what has come back.
+            if let Some(next) = self.next.take_if(|_| !has_arrived) {
+                let outcome = Outcome::without_answer(Class::Withdrawn, "one before it came back");
+                self.ended.push((next, outcome));
+            }
         }
     }
 

@@ -16,6 +16,7 @@ use super::sink::Sink;
 use super::statistics::Sample;
 use crate::arrivals::{self, Arrival};
 use crate::cluster::Cluster;
+use crate::process;
 use crate::relay::Relay;
 
 /// Events that are timed.
@@ -60,13 +61,6 @@ struct Run {
     beyond_mb: f64,
 }
 
-/// The greatest memory of a process so far.
-pub(super) fn peak_mb(pid: u32) -> f64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("VmHWM");
-    line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
-}
-
 async fn deliver(cluster: &Cluster, database: &str, ids: &HashSet<Uuid>) -> Run {
     let (client, sink) = (cluster.connect(database).await, Sink::start());
     let sql = "SELECT dtm.subscribe('backlog', '>', $1, '{\"max_in_flight\": 64, \"max_lag\": \"100d\"}', 'earliest')";
@@ -84,7 +78,7 @@ async fn deliver(cluster: &Cluster, database: &str, ids: &HashSet<Uuid>) -> Run 
             missing => wanted += missing,
         }
     };
-    let beyond_mb = peak_mb(relay.pid()) - BUFFER_MB;
+    let beyond_mb = process::peak_mb(relay.pid()) - BUFFER_MB;
     assert!(relay.terminate().await.success());
     client.execute("SELECT dtm.unsubscribe('backlog')", &[]).await.expect("unsubscribe");
     let listed: Vec<Uuid> = ids.iter().copied().collect();

@@ -7,12 +7,12 @@ use std::thread::JoinHandle;
 use tokio_postgres::Client;
 use uuid::Uuid;
 
-use super::backlog::peak_mb;
 use super::kafka_bare::{self, Commit, Memory};
 use super::kafka_site::{self, Delivery, Site};
 use super::report::{Goal, Row};
 use super::statistics::Sample;
 use super::{kafka_latency, kafka_topic, processor};
+use crate::process;
 
 /// The backlog, unless the command line says otherwise.
 pub const EVENTS: usize = 1_000_000;
@@ -100,7 +100,7 @@ impl Backlog {
         kafka_site::subscribe(&self.client, topic, delivery, "earliest").await;
         let rate = watched(watch).await;
         let processor_us = self.each_us(processor::seconds(relay.pid()) - before);
-        let beyond_mb = peak_mb(relay.pid()) - QUEUE_MB;
+        let beyond_mb = process::peak_mb(relay.pid()) - QUEUE_MB;
         assert!(relay.terminate().await.success());
         kafka_site::unsubscribe(&self.client, topic).await;
         Run { rate, processor_us, beyond_mb }
