@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: PostgreSQL
-//! The task of a subscription whose events reach Kafka exactly once.
+//! Events that reach Kafka exactly once: what one writer of a subscription does.
 //!
 //! A window is first stored in PostgreSQL, under an id that is drawn at random. Each batch of its events is a transaction of
 //! Kafka, which also writes the window's id and how far in it the batch comes. PostgreSQL's cursor follows; where the two
@@ -20,8 +20,9 @@ use super::budget::Room;
 use super::delivery::LaneName;
 use super::reader::{FlowProgress, Piece, Reader};
 use super::reconcile::reconcile;
-use super::run::{Pipeline, TELL_EVERY, session_over};
+use super::run::{Pipeline, session_over};
 use super::windows::{Ahead, Ticket};
+use super::writers::{Ended, Next};
 use crate::calls::outcome::Outcome;
 use crate::kafka::position::Position;
 use crate::kafka::transactions::NotCommitted;
@@ -37,127 +38,18 @@ use crate::source::settlement::{Attempt, Leave, Parked, Settlement};
 const BATCH_EVENTS: i32 = 10_000;
 /// While each record is a request of its own.
 const SINGLE_EVENTS: i32 = 200;
-/// After a refusal so many transactions are of such requests: the more, the sooner one refusal follows the other, since it takes
-/// about a second to begin anew.
-const SINGLES_MIN: usize = 1;
-const SINGLES_MAX: usize = 256;
-/// So many transactions without a refusal make it a rare thing again.
-const RARE: usize = 64;
 /// Their bytes, about.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// Parked events of a transaction at the most.
 const PARKED_AT_ONCE: usize = 100;
-/// Between two attempts, while the cluster or a topic is away.
-const AGAIN_MIN: Duration = Duration::from_millis(200);
-const AGAIN_MAX: Duration = Duration::from_secs(10);
 /// After there was no room for a page.
 const ROOM_AGAIN: Duration = Duration::from_millis(20);
-
-/// Why a writer is given up.
-enum Ended {
-    /// The pipeline is to end.
-    Stopped,
-    /// Another one is to go on, from what is stored.
-    Again {
-        /// What went wrong, unless nothing did.
-        why: Option<String>,
-        /// How its records are to go.
-        next: Next,
-    },
-    /// The connection to the database.
-    Source(SourceError),
-}
-
-/// How the next writer sends records.
-enum Next {
-    /// As this one.
-    Same,
-    /// In batches.
-    Batches,
-    /// Each in a batch of its own, until it has got past what is refused.
-    Singles,
-}
-
-impl From<SourceError> for Ended {
-    fn from(error: SourceError) -> Self {
-        Ended::Source(error)
-    }
-}
-
-impl Ended {
-    fn again(why: impl Into<String>) -> Self {
-        Ended::Again { why: Some(why.into()), next: Next::Same }
-    }
-}
 
 /// A page that is being read.
 struct Reading {
     piece: Piece,
     room: Room,
     page: BoxFuture<'static, Result<(Page, usize), SourceError>>,
-}
-
-/// Delivers until the pipeline is asked to stop or is fenced. An error is one of the database connection.
-pub(super) async fn run(mut pipeline: Pipeline, sink: Arc<KafkaSink>) -> Result<(), SourceError> {
-    let (mut attempts, mut told) = (0, None::<(String, Instant)>);
-    let (mut singles, mut next_singles) = (0, SINGLES_MIN);
-    loop {
-        let ended = match Once::begin(&mut pipeline, sink.clone(), singles).await {
-            Ok(mut once) => {
-                let Err(ended) = once.deliver().await;
-                if once.committed > 0 {
-                    attempts = 0;
-                }
-                if singles == 0 && once.committed >= RARE {
-                    next_singles = SINGLES_MIN;
-                }
-                ended
-            }
-            Err(ended) => ended,
-        };
-        let again_at = match ended {
-            Ended::Stopped => return Ok(()),
-            Ended::Source(error) => pipeline.unreadable(error)?,
-            Ended::Again { why, next } => {
-                match next {
-                    Next::Same => {}
-                    Next::Batches => singles = 0,
-                    Next::Singles => {
-                        singles = next_singles;
-                        next_singles = (4 * next_singles).min(SINGLES_MAX);
-                        tracing::info!(
-                            subscription = pipeline.name,
-                            "a batch is refused: its records go one by one, until it is known whose fault that is"
-                        );
-                    }
-                }
-                let Some(why) = why else { continue };
-                let now = Instant::now();
-                if !told.as_ref().is_some_and(|(before, at)| *before == why && now < *at + TELL_EVERY) {
-                    tracing::error!(
-                        subscription = pipeline.name,
-                        "nothing is written to Kafka, and it is tried again until it works: {why}"
-                    );
-                    told = Some((why, now));
-                }
-                let bound = AGAIN_MIN.saturating_mul(1 << u32::min(attempts, 6)).min(AGAIN_MAX);
-                attempts += 1;
-                now + bound.mul_f64(0.5 + rand::random::<f64>() / 2.0)
-            }
-        };
-        if !pause(&pipeline, again_at).await {
-            return Ok(());
-        }
-    }
-}
-
-/// Waits until a time; false: the pipeline is to end before.
-async fn pause(pipeline: &Pipeline, until: Instant) -> bool {
-    tokio::select! {
-        () = tokio::time::sleep_until(until) => true,
-        () = pipeline.drain.cancelled() => false,
-        () = pipeline.owner.fenced.cancelled() => false,
-    }
 }
 
 /// Waits until something may be written.
@@ -181,7 +73,7 @@ fn settlement(seq: i64, what: Leave, outcome: Option<&Outcome>) -> Settlement {
 }
 
 /// One writer's time.
-struct Once<'a> {
+pub(super) struct Once<'a> {
     pipeline: &'a mut Pipeline,
     writer: OnceWriter,
     /// So many transactions are to be of records in batches of their own; none: not so.
@@ -200,13 +92,18 @@ struct Once<'a> {
     open: Option<Arc<Mark>>,
     parked: Vec<Parked>,
     /// Transactions so far.
-    committed: usize,
+    pub(super) committed: usize,
     /// A broker has refused a record: the producer's numbers have a gap, and it is of no more use.
     is_spent: bool,
 }
 
 impl<'a> Once<'a> {
-    async fn begin(pipeline: &'a mut Pipeline, sink: Arc<KafkaSink>, singles: usize) -> Result<Self, Ended> {
+    /// `singles`: so many transactions are to be of records in batches of their own.
+    pub(super) async fn begin(
+        pipeline: &'a mut Pipeline,
+        sink: Arc<KafkaSink>,
+        singles: usize,
+    ) -> Result<Self, Ended> {
         leased(pipeline).await?;
         let (unit, epoch) = (pipeline.wanted.unit, pipeline.owner.epoch);
         let no_cursor = || Ended::again("it has no cursor; dtm.rewind sets one");
@@ -250,7 +147,8 @@ impl<'a> Once<'a> {
         Ok(once)
     }
 
-    async fn deliver(&mut self) -> Result<Infallible, Ended> {
+    /// Delivers until the writer is given up.
+    pub(super) async fn deliver(&mut self) -> Result<Infallible, Ended> {
         let mut parked = std::mem::take(&mut self.parked).into_iter().peekable();
         while let Some(first) = parked.next() {
             let (mut seqs, mut bytes) = (vec![first.seq], first.bytes);

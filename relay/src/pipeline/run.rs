@@ -14,9 +14,9 @@ use tokio_util::sync::CancellationToken;
 use super::budget::{Room, Share};
 use super::delivery::Delivery;
 use super::flow::{Flow, ParkingBounds};
-use super::once;
 use super::verdict::{Judged, Verdict};
 use super::windows::Frontier;
+use super::writers;
 use crate::calls::outcome::Outcome;
 use crate::sink::Sink;
 use crate::source::cursors::{Cursor, Cursors, Owner};
@@ -113,7 +113,7 @@ impl Pipeline {
     pub async fn run(self) -> Result<(), SourceError> {
         if let (Sink::Kafka(sink), Guarantee::ExactlyOnce) = (&self.sink, self.options.delivery) {
             let sink = sink.clone();
-            return once::run(self, sink).await;
+            return writers::run(self, sink).await;
         }
         loop {
             let again_at = match self.pages.resume(self.wanted.unit, self.owner.epoch).await {
