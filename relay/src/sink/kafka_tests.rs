@@ -152,3 +152,26 @@ async fn a_sender_that_is_dropped_takes_back_what_is_not_on_its_way() {
     drop(mock.sender);
     assert!(generation.has_failed(), "nobody sends by it any more");
 }
+
+#[tokio::test]
+async fn what_waits_to_be_handed_over_does_not_go_before_what_came_back() {
+    let mut mock = Mock::new();
+    assert_accepted(&mock.deliver(1..=10).await.0, 10);
+    let route = mock.sender.route.as_ref().unwrap();
+    let (line, generation) = (route.line.clone(), route.generation.clone());
+    mock.cluster.broker_down(1).unwrap();
+    (1..=100).for_each(|seq| mock.sender.send(event(seq)));
+    // Another one that shares the producer was in trouble.
+    line.retire(&generation, Instant::now());
+    mock.sender.send(event(101));
+    assert!(!mock.sender.has_room(), "it waits for those before it");
+    mock.cluster.broker_up(1).unwrap();
+    let mut ended = BTreeMap::new();
+    while !mock.sender.is_empty() {
+        ended.extend(
+            mock.sender.answers().await.into_iter().map(|(item, outcome)| (item.0.seq, outcome.class)),
+        );
+    }
+    assert_eq!(ended.len(), 101);
+    assert_eq!(ended.get(&101), Some(&Class::Withdrawn));
+}
