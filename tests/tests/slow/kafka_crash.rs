@@ -132,9 +132,11 @@ async fn a_relay_killed_five_times_sends_every_event_once_from_each_of_several_s
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_that_hangs_has_every_event_and_each_key_in_order_and_once_where_that_was_asked_for() {
-    tokio::join!(
-        killed(Victim::HangingBroker, 1, AT_LEAST_ONCE),
-        killed(Victim::HangingBroker, 1, EXACTLY_ONCE),
-    );
+async fn a_broker_that_hangs_has_every_event_and_each_key_in_order() {
+    killed(Victim::HangingBroker, 1, AT_LEAST_ONCE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_hangs_has_every_event_once_where_that_was_asked_for() {
+    killed(Victim::HangingBroker, 1, EXACTLY_ONCE).await;
 }
