@@ -90,23 +90,20 @@ BEGIN
         CROSS JOIN LATERAL (
             SELECT k.gid, k.due_at, min(k.nth) AS nth
             FROM (
-                (SELECT d.gid, d.due_at, row_number() OVER (ORDER BY d.due_at) AS nth, 1 AS turn
-                 FROM dtm.due d
-                 WHERE d.endpoint = w.endpoint AND NOT d.failed_before AND d.due_at <= clock_timestamp()
-                   AND d.gid <> ALL (busy) AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
-                 ORDER BY d.due_at LIMIT coalesce(r.room, usual))
+                SELECT o.gid, o.due_at, o.nth, kind.turn
+                FROM (VALUES (false, 1), (true, 3)) AS kind (failed_before, turn)
+                CROSS JOIN LATERAL (
+                    SELECT d.gid, d.due_at, row_number() OVER (ORDER BY d.due_at) AS nth
+                    FROM dtm.due d
+                    WHERE d.endpoint = w.endpoint AND d.failed_before = kind.failed_before AND d.due_at <= clock_timestamp()
+                      AND d.gid <> ALL (busy) AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
+                    ORDER BY d.due_at LIMIT coalesce(r.room, usual)) o
                 UNION ALL
                 (SELECT d.gid, d.due_at, row_number() OVER (ORDER BY d.due_at DESC), 2
                  FROM dtm.due d
                  WHERE d.endpoint = w.endpoint AND NOT d.failed_before AND d.due_at <= clock_timestamp()
                    AND d.gid <> ALL (busy) AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
                  ORDER BY d.due_at DESC LIMIT coalesce(r.room, usual))
-                UNION ALL
-                (SELECT d.gid, d.due_at, row_number() OVER (ORDER BY d.due_at), 3
-                 FROM dtm.due d
-                 WHERE d.endpoint = w.endpoint AND d.failed_before AND d.due_at <= clock_timestamp()
-                   AND d.gid <> ALL (busy) AND dtm.shard_of(d.gid, 0, shards) = ANY (own)
-                 ORDER BY d.due_at LIMIT coalesce(r.room, usual))
             ) k
             GROUP BY k.gid, k.due_at
             ORDER BY min(k.nth), min(k.turn) LIMIT coalesce(r.room, usual)) f
